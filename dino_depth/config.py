@@ -1,0 +1,389 @@
+"""Typed configuration: dataclasses filled from YAML files and dotted command-line overrides.
+
+A command's configuration is a dataclass. ``parse`` reads ``--config FILE`` (a path, or the name of a shipped file) and
+``--group.key value``; a key that does not exist is an error that suggests the nearest one.
+"""
+
+import difflib
+import json
+import re
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from dino_depth.depth import Normalization
+from dino_depth.errors import ConfigError
+
+__all__ = [
+    "CropConfig", "DataConfig", "HealthConfig", "LossConfig", "ModelConfig", "OptimConfig", "PretrainConfig",
+    "TrainConfig", "config_keys", "find_config", "load_config", "parse", "save_config", "suggestion",
+]  # fmt: skip
+
+
+@dataclass
+class DataConfig:
+    """Where the depth maps come from.
+
+    Attributes:
+        shards: shard folder made by ``prep``, or a list of them.
+        splits: splits to train on; empty means all of them (the paper's split A counts every split).
+        workers: data-loading processes; 0 decodes in the training process.
+        resident: keep every decoded map in memory (16 bits a pixel), shared by the workers.
+        normalization: how depth becomes the network's input.
+    """
+
+    shards: str | list[str] = ""
+    splits: list[str] = field(default_factory=list)
+    workers: int = 8
+    resident: bool = False
+    normalization: Normalization = field(default_factory=Normalization)
+
+
+@dataclass
+class CropConfig:
+    """Spatial-only multi-crop; there are always two global crops.
+
+    Attributes:
+        global_size: side of a global crop, pixels.
+        local_size: side of a local crop, pixels.
+        local_crops: local crops per map.
+        global_scale: share of the map's area that a global crop covers, smallest and largest.
+        local_scale: the same for local crops.
+        aspect: width over height of a crop before rotation, smallest and largest.
+        rotation: largest rotation either way, degrees.
+        horizontal_flip: probability.
+        vertical_flip: probability.
+        minimum_valid: a crop with a smaller share of valid pixels is drawn again.
+    """
+
+    global_size: int = 224
+    local_size: int = 98
+    local_crops: int = 8
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    aspect: tuple[float, float] = (0.75, 4 / 3)
+    rotation: float = 180.0
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.5
+    minimum_valid: float = 0.25
+
+
+@dataclass
+class ModelConfig:
+    """The Vision Transformer; the defaults are ViT-S/14.
+
+    Attributes:
+        patch_size: side of a patch, pixels.
+        dim: token dimension.
+        depth: transformer blocks.
+        heads: attention heads.
+        drop_path: share of samples that skip a residual branch in training (uniform over depth).
+        layer_scale: initial value of the residual branches' scale.
+        initialization: of the linear layers: ``dinov2`` (truncated normal, 0.02) or ``xavier`` (short trainings).
+        attention: backend of packed attention: ``grouped`` (exact everywhere), ``varlen`` or ``xformers`` (CUDA).
+    """
+
+    patch_size: int = 14
+    dim: int = 384
+    depth: int = 12
+    heads: int = 6
+    drop_path: float = 0.3
+    layer_scale: float = 1e-5
+    initialization: Literal["dinov2", "xavier"] = "dinov2"
+    attention: Literal["grouped", "varlen", "xformers"] = "grouped"
+
+
+@dataclass
+class LossConfig:
+    """DINO on the class token, iBOT on masked patches, KoLeo on the class token.
+
+    Attributes:
+        prototypes: outputs of each of the two heads.
+        hidden: width of the heads' hidden layers.
+        bottleneck: dimension of the normalised features that meet the prototypes.
+        dino_weight: weight of the DINO loss.
+        ibot_weight: weight of the iBOT loss.
+        koleo_weight: weight of the KoLeo regulariser.
+        student_temperature: of the student's softmax.
+        teacher_temperature: of the teacher's, after its warm-up.
+        teacher_temperature_start: of the teacher's, at step 0.
+        teacher_temperature_warmup: steps to get there.
+        sinkhorn_iterations: of the teacher's centering; 0 leaves the teacher uncentred, which collapses.
+        mask_share: share of the global crops that are masked.
+        mask_ratio: masked share of such a crop's patches, smallest and largest.
+    """
+
+    prototypes: int = 65536
+    hidden: int = 2048
+    bottleneck: int = 256
+    dino_weight: float = 1.0
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.07
+    teacher_temperature_start: float = 0.04
+    teacher_temperature_warmup: int = 37500
+    sinkhorn_iterations: int = 3
+    mask_share: float = 0.5
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedules.
+
+    Attributes:
+        lr: learning rate at a global batch of 1024; scaled by sqrt(batch / 1024).
+        lr_end: learning rate at the last step.
+        warmup: steps of linear warm-up.
+        layer_decay: factor on the learning rate per block, from the last to the first.
+        patch_embed_lr: further factor on the patch embedding's learning rate.
+        freeze_last_layer: steps in which the prototypes do not move.
+        weight_decay: at step 0.
+        weight_decay_end: at the last step (cosine).
+        betas: of AdamW.
+        clip: largest gradient norm of each of backbone, DINO head, iBOT head.
+        momentum: of the teacher at step 0; rises to ``momentum_end`` (cosine).
+        momentum_end: at the last step.
+    """
+
+    lr: float = 4e-3
+    lr_end: float = 1e-6
+    warmup: int = 12500
+    layer_decay: float = 0.9
+    patch_embed_lr: float = 0.2
+    freeze_last_layer: int = 1250
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.4
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 3.0
+    momentum: float = 0.992
+    momentum_end: float = 1.0
+
+
+@dataclass
+class HealthConfig:
+    """The collapse gate, on the teacher's targets (see ``dino_depth/pretrain/health.py``).
+
+    Attributes:
+        every: steps between measurements; the gate looks at the mean of the last ``window`` of them.
+        window: measurements the gate averages over.
+        grace: share of the run's steps, and at least ``window`` measurements, before the gate is armed.
+        mean_entropy: smallest entropy of the mean target over log K: below it, few prototypes take everything.
+        target_entropy: largest entropy of a single target over log K: above it, targets carry no information.
+        used: smallest share of the reachable prototypes that are some target's favourite.
+    """
+
+    every: int = 10
+    window: int = 10
+    grace: float = 0.25
+    mean_entropy: float = 0.5
+    target_entropy: float = 0.93
+    used: float = 0.05
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch, precision and bookkeeping.
+
+    Attributes:
+        steps: optimisation steps.
+        batch: maps per step over all processes.
+        accumulate: backward passes per step; ``batch`` must divide by it times the number of processes.
+        precision: of matrix products, ``bf16`` (autocast) or ``fp32``.
+        seed: of everything random.
+        checkpoint_every: steps between checkpoints.
+        keep: checkpoints kept.
+        log_every: steps between lines of ``metrics.jsonl``.
+        threads: torch threads in this process; 0 keeps torch's choice.
+        device: ``auto`` (cuda where there is one), ``cuda`` or ``cpu``.
+    """
+
+    steps: int = 125000
+    batch: int = 128
+    accumulate: int = 1
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 0
+    checkpoint_every: int = 1250
+    keep: int = 3
+    log_every: int = 10
+    threads: int = 0
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+
+
+@dataclass
+class PretrainConfig:
+    """Pretrain the depth encoder: shards in, run folder out.
+
+    Attributes:
+        out: run folder; must be empty or new unless ``resume``.
+        resume: continue the run in ``out`` from its last checkpoint.
+        init_from: checkpoint, run or export whose backbone starts a *new* run.
+        data: where the depth maps come from.
+        crops: spatial-only multi-crop.
+        model: the Vision Transformer.
+        loss: DINO, iBOT and KoLeo.
+        optim: AdamW and its schedules.
+        health: the collapse gate.
+        train: length, batch, precision and bookkeeping.
+    """
+
+    out: str = ""
+    resume: bool = False
+    init_from: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    crops: CropConfig = field(default_factory=CropConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def config_keys(cls: type, prefix: str = "") -> list[str]:
+    """Every dotted key of a configuration dataclass."""
+    keys = []
+    for entry in fields(cls):
+        keys.append(prefix + entry.name)
+        if is_dataclass(entry.type):
+            keys += config_keys(entry.type, keys[-1] + ".")
+    return keys
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """``; did you mean 'x'?`` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, known, 1, 0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def find_config(name: str) -> Path:
+    """The configuration file at a path, or the shipped one of that name (``pretrain_demo``, ``configs/prep/a.yaml``).
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    here = Path(__file__).resolve().parent
+    # Installed, the files lie inside the package; in a checkout, beside it.
+    shipped = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    short = re.sub(r"^\.?/?(configs/)?", "", name).removesuffix(".yaml")
+    if (shipped / f"{short}.yaml").is_file():
+        return shipped / f"{short}.yaml"
+    known = sorted(str(path.relative_to(shipped).with_suffix("")) for path in shipped.rglob("*.yaml"))
+    raise ConfigError(f"--config {name}: no such file{suggestion(short, known)} (shipped: {', '.join(known)})")
+
+
+def parse(cls: type, arguments: list[str], program: str, positional: tuple[str, ...] = ()) -> Any:
+    """Fills the dataclass ``cls`` from command-line arguments.
+
+    Args:
+        program: shown in usage lines.
+        positional: fields that may be given by position instead of as ``--name``.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, a missing argument or an unreadable file.
+        SystemExit: after ``--help`` or ``--print_config``.
+    """
+    usage = " ".join([program, *(name.upper() for name in positional), "[--key value ...]"])
+    description = (cls.__doc__ or "").split("\n")[0]
+    parser = ArgumentParser(
+        prog=program, usage=usage, description=description, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file, or the name of a shipped one")
+    parser.add_class_arguments(cls, None, fail_untyped=True)
+    arguments = _spell_out(cls, arguments, positional)
+    for option, value in pairwise([*arguments, ""]):
+        if option == "--config":
+            _check_file(cls, Path(value))
+    try:
+        values = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise ConfigError(_explain(str(error), cls)) from None
+    values.pop("config", None)
+    return cls(**vars(parser.instantiate(values)))
+
+
+def _spell_out(cls: type, arguments: list[str], positional: tuple[str, ...]) -> list[str]:
+    """Writes positions as options, names of shipped files as paths, and a bare boolean option as true."""
+    switches = {"--" + entry.name for entry in fields(cls) if entry.type is bool}
+    spelled, waiting, expects_value = [], list(positional), False
+    for place, argument in enumerate(arguments):
+        following = arguments[place + 1] if place + 1 < len(arguments) else "--"
+        if argument.startswith("--"):
+            option, equals, value = argument.partition("=")
+            option = option.replace("-", "_").replace("__", "--", 1)
+            spelled += [option, value] if equals else [option]
+            expects_value = not equals
+            if expects_value and option in switches and following.lower() not in ("true", "false"):
+                spelled.append("true")
+                expects_value = False
+            expects_value = expects_value and option not in ("--help", "--print_config")
+        elif expects_value or not waiting:
+            spelled.append(argument)
+            expects_value = False
+        else:
+            spelled += ["--" + waiting.pop(0), argument]
+    missing = [name for name in positional if "--" + name not in spelled]
+    required = {entry.name for entry in fields(cls) if entry.default is MISSING and entry.default_factory is MISSING}
+    asked = {"--help", "-h", "--print_config"} & set(spelled)
+    if not asked and required.intersection(missing):
+        raise ConfigError(f"missing argument {missing[0].upper()}")
+    for place, argument in enumerate(spelled[:-1]):
+        if argument == "--config":
+            spelled[place + 1] = str(find_config(spelled[place + 1]))
+    return spelled
+
+
+def _check_file(cls: type, path: Path):
+    """Names the file and the nearest key where jsonargparse would name only the group."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: must hold keys and values, got {type(loaded).__name__}")
+    known = config_keys(cls)
+    for key in _flatten(loaded):
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}{suggestion(key, known)}")
+
+
+def _flatten(mapping: dict, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in mapping.items():
+        nested = isinstance(value, dict) and value
+        keys += _flatten(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
+    return keys
+
+
+def _explain(message: str, cls: type) -> str:
+    """One line for a parser error, with the nearest key where the key is unknown."""
+    line = " ".join(message.split())
+    if found := re.match(r"unrecognized arguments: (.*)", line):
+        word = found[1].split()[0]
+        return f"unknown argument {word!r}" + suggestion(word, ["--" + key for key in config_keys(cls)])
+    if found := re.match(r"Group '([^']+)' does not accept (?:nested )?(?:option|key) '([^']+)'", line):
+        key = f"{found[1]}.{found[2]}"
+        return f"unknown key {key!r}{suggestion(key, config_keys(cls))}"
+    if found := re.match(r'Parser key "([^"]+)": (.*)', line):
+        return f"--{found[1]}: {found[2]}".replace("typing.", "")
+    return line
+
+
+def save_config(config: Any, path: Path):
+    """Writes a configuration dataclass as YAML, tuples as lists, that ``--config`` reads back."""
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False), encoding="utf-8")
+
+
+def load_config(cls: type, path: Path) -> Any:
+    """The configuration dataclass that :func:`save_config` wrote.
+
+    Raises:
+        ConfigError: the file is missing or does not fit ``cls``.
+    """
+    return parse(cls, ["--config", str(path)], "dino-depth")

@@ -1,0 +1,228 @@
+"""What a depth value means. No other module knows about units, missing pixels or normalisation.
+
+A depth map is float32, larger is farther, strictly positive where it is valid, and carries its validity as a mask.
+``kind`` says whether values are metres (``"metric"``) or known up to scale only (``"relative"``).
+
+On disk a map is a 16-bit PNG: code 0 is a missing pixel, codes 1..65535 are linear between ``near`` and ``far``.
+The network sees one channel in which 0 is a missing pixel; how valid pixels are mapped is a :class:`Normalization`.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from dino_depth.errors import DataError
+
+__all__ = ["DepthMap", "Normalization", "decode", "decode_png", "encode", "encode_png", "fit_plane", "normalize"]
+
+Kind = Literal["metric", "relative"]
+LAST_CODE = 65535
+UNIT = {"metric": "m", "relative": "relative"}
+
+
+@dataclass(frozen=True)
+class DepthMap:
+    """One depth map.
+
+    Attributes:
+        depth: (height, width) float32, metres or relative, larger is farther; 0 where not valid.
+        valid: (height, width) bool.
+        kind: "metric" (metres) or "relative" (unknown scale).
+
+    Raises:
+        DataError: shapes differ, a valid value is not finite or not positive, or no pixel is valid.
+    """
+
+    depth: np.ndarray
+    valid: np.ndarray
+    kind: Kind = "metric"
+
+    def __post_init__(self):
+        depth, valid = np.asarray(self.depth), np.asarray(self.valid)
+        if depth.ndim != 2 or depth.shape != valid.shape:
+            raise DataError(f"depth {depth.shape} and validity {valid.shape} must be the same (height, width)")
+        if valid.dtype != np.bool_:
+            raise DataError(f"validity must be bool, got {valid.dtype}")
+        if self.kind not in UNIT:
+            raise DataError(f"kind must be one of {sorted(UNIT)}, got {self.kind!r}")
+        if not valid.any():
+            raise DataError("all pixels are missing")
+        values = depth[valid]
+        if not np.isfinite(values).all():
+            raise DataError(f"{np.count_nonzero(~np.isfinite(values))} valid pixels are NaN or infinite")
+        if values.min() <= 0:
+            raise DataError(f"valid depth must be positive, smallest is {values.min()}")
+        # A float32 cast may underflow or overflow what was a fine float64 value.
+        clean = np.where(valid, depth, 0).astype(np.float32)
+        if not np.isfinite(clean).all() or clean[valid].min() <= 0:
+            raise DataError(f"depth {values.min()}..{values.max()} does not fit float32")
+        object.__setattr__(self, "depth", clean)
+        object.__setattr__(self, "valid", valid)
+
+    @classmethod
+    def from_values(cls, values: np.ndarray, kind: Kind = "metric") -> "DepthMap":
+        """A map in which every non-finite or non-positive value of ``values`` (height, width) is missing."""
+        values = np.asarray(values)
+        with np.errstate(invalid="ignore"):
+            valid = np.isfinite(values) & (values > 0)
+        return cls(np.where(valid, values, 0), valid, kind)
+
+
+def encode(depth_map: DepthMap) -> tuple[np.ndarray, float, float]:
+    """Codes (height, width) uint16 and the depths ``near`` and ``far`` of codes 1 and 65535.
+
+    Decoding is within half a code, ``(far - near) / 65534 / 2``, of the input.
+    """
+    values = depth_map.depth[depth_map.valid].astype(np.float64)
+    near, far = float(values.min()), float(values.max())
+    codes = np.zeros(depth_map.depth.shape, np.uint16)
+    step = (far - near) / (LAST_CODE - 1) or 1.0
+    codes[depth_map.valid] = np.rint((values - near) / step).astype(np.uint16) + 1
+    return codes, near, far
+
+
+def decode(codes: np.ndarray, near: float, far: float, kind: Kind = "metric") -> DepthMap:
+    """The inverse of :func:`encode`.
+
+    Raises:
+        DataError: the codes are not uint16, ``near`` and ``far`` are not 0 < near <= far, or every code is 0.
+    """
+    if codes.dtype != np.uint16 or codes.ndim != 2:
+        raise DataError(f"depth codes must be (height, width) uint16, got {codes.shape} {codes.dtype}")
+    if not (math.isfinite(near) and math.isfinite(far) and 0 < near <= far):
+        raise DataError(f"near and far must satisfy 0 < near <= far < inf, got {near} and {far}")
+    valid = codes > 0
+    step = (far - near) / (LAST_CODE - 1)
+    return DepthMap(near + (codes.astype(np.float64) - 1) * step, valid, kind)
+
+
+def encode_png(depth_map: DepthMap) -> tuple[bytes, float, float]:
+    """The 16-bit PNG of a map and its ``near`` and ``far``."""
+    codes, near, far = encode(depth_map)
+    buffer = io.BytesIO()
+    Image.fromarray(codes).save(buffer, "png", compress_level=6)
+    return buffer.getvalue(), near, far
+
+
+def read_codes(png: bytes) -> np.ndarray:
+    """The (height, width) uint16 codes of a depth PNG.
+
+    Raises:
+        DataError: the bytes are not a complete 16-bit single-channel PNG.
+    """
+    try:
+        with Image.open(io.BytesIO(png), formats=["png"]) as image:
+            if not image.mode.startswith("I;16"):
+                raise DataError(f"depth PNG must be 16-bit single-channel, got mode {image.mode}")
+            return np.array(image, dtype=np.uint16)
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"unreadable depth PNG: {error}") from error
+
+
+def decode_png(png: bytes, near: float, far: float, kind: Kind = "metric") -> DepthMap:
+    """The depth map of a PNG written by :func:`encode_png`."""
+    return decode(read_codes(png), near, far, kind)
+
+
+@dataclass
+class Normalization:
+    """How valid depth becomes the network's input; missing pixels are always 0.
+
+    Attributes:
+        method: ``max`` divides by the map's largest depth (the official ModMap release);
+            ``minmax`` maps the map's nearest..farthest to 0.1..1 (0 stays "missing");
+            ``log`` is log(1 + depth) / log(101), DeFM's first channel, which keeps absolute distance;
+            ``plane`` is the signed distance in depth from the supporting plane, towards the camera, over a fixed scale.
+            Where no plane holds ``plane_support`` of the pixels, the fronto-parallel plane at median depth replaces it.
+        scale: metres that ``plane`` maps to 1 in metric maps.
+        scale_relative: relative depth, as a fraction of the map's median depth, that ``plane`` maps to 1.
+        plane_support: smallest share of valid pixels that makes a plane the supporting plane.
+    """
+
+    method: Literal["max", "minmax", "log", "plane"] = "plane"
+    scale: float = 0.05
+    scale_relative: float = 0.1
+    plane_support: float = 0.2
+
+
+def normalize(depth_map: DepthMap, normalization: Normalization) -> np.ndarray:
+    """The network input (height, width) float32 of a map; missing pixels are 0."""
+    depth, valid = depth_map.depth, depth_map.valid
+    if normalization.method == "max":
+        value = depth / depth.max()
+    elif normalization.method == "minmax":
+        near, far = float(depth[valid].min()), float(depth.max())
+        value = 0.1 + 0.9 * (depth - near) / ((far - near) or 1.0)
+    elif normalization.method == "log":
+        value = np.log1p(depth) / math.log(101.0)
+    elif normalization.method == "plane":
+        value = _height(depth_map, normalization)
+    else:
+        raise DataError(f"unknown normalisation method {normalization.method!r}")
+    return np.where(valid, value, 0).astype(np.float32)
+
+
+def _height(depth_map: DepthMap, normalization: Normalization) -> np.ndarray:
+    median = float(np.median(depth_map.depth[depth_map.valid]))
+    metric = depth_map.kind == "metric"
+    scale = normalization.scale if metric else normalization.scale_relative * median
+    plane, support = fit_plane(depth_map)
+    if support < normalization.plane_support:
+        reference = np.float32(median)
+    else:
+        height, width = depth_map.depth.shape
+        rows = (np.arange(height, dtype=np.float32) / max(height, width))[:, None]
+        columns = (np.arange(width, dtype=np.float32) / max(height, width))[None, :]
+        reference = plane[0] * columns + plane[1] * rows + plane[2]
+        if metric:
+            # Towards the horizon a pinhole plane's inverse depth reaches 0: keep the reference finite there.
+            reference = 1 / np.maximum(reference, 1 / (10 * depth_map.depth.max()))
+    return (reference - depth_map.depth) / np.float32(scale)
+
+
+def fit_plane(depth_map: DepthMap, tolerance: float = 0.005, trials: int = 128) -> tuple[np.ndarray, float]:
+    """The plane that holds most pixels, by seeded RANSAC on a thinned grid and least squares on its inliers.
+
+    Under a pinhole camera a plane is affine in the *inverse* depth of its pixels, so metric maps are fitted as
+    1/depth = a*column + b*row + c (columns and rows over the longer side); relative maps, which have no camera, as
+    depth = a*column + b*row + c.
+
+    Args:
+        tolerance: largest distance of an inlier, as a fraction of the map's median depth.
+
+    Returns:
+        (3,) float32 coefficients and the share of valid pixels on the plane.
+    """
+    depth, valid = depth_map.depth, depth_map.valid
+    stride = max(1, int(math.sqrt(depth.size / 4096)))
+    rows, columns = np.nonzero(valid[::stride, ::stride])
+    z = depth[::stride, ::stride][rows, columns].astype(np.float64)
+    if len(z) < 3:
+        return np.zeros(3, np.float32), 0.0
+    points = np.stack([columns, rows], 1) * (stride / max(depth.shape))
+    points = np.concatenate([points, np.ones((len(z), 1))], 1)  # (pixels, 3)
+    median = np.median(z)
+    target = 1 / z if depth_map.kind == "metric" else z
+    # An error in inverse depth is worth depth^2 in depth; the median depth is close enough for a tolerance.
+    limit = tolerance / median if depth_map.kind == "metric" else tolerance * median
+    triples = np.random.default_rng(0).integers(0, len(z), (trials, 3))
+    corners = points[triples]  # (trials, 3 points, 3)
+    usable = np.abs(np.linalg.det(corners)) > 1e-4
+    if not usable.any():
+        return np.zeros(3, np.float32), 0.0
+    planes = np.linalg.solve(corners[usable], target[triples[usable]][..., None])[..., 0]  # (trials, 3)
+    inliers = np.abs(points @ planes.T - target[:, None]) < limit  # (pixels, trials)
+    chosen = inliers[:, inliers.sum(0).argmax()]
+    for _ in range(3):
+        plane = np.linalg.lstsq(points[chosen], target[chosen], rcond=None)[0]
+        refined = np.abs(points @ plane - target) < limit
+        if refined.sum() < 3:
+            break
+        chosen = refined
+    return plane.astype(np.float32), float(chosen.mean())
