@@ -57,7 +57,8 @@ class DepthMap:
         if values.min() <= 0:
             raise DataError(f"valid depth must be positive, smallest is {values.min()}")
         # A float32 cast may underflow or overflow what was a fine float64 value.
-        clean = np.where(valid, depth, 0).astype(np.float32)
+        with np.errstate(over="ignore", under="ignore"):
+            clean = np.where(valid, depth, 0).astype(np.float32)
         if not np.isfinite(clean).all() or clean[valid].min() <= 0:
             raise DataError(f"depth {values.min()}..{values.max()} does not fit float32")
         object.__setattr__(self, "depth", clean)
@@ -104,7 +105,8 @@ def encode_png(depth_map: DepthMap) -> tuple[bytes, float, float]:
     """The 16-bit PNG of a map and its ``near`` and ``far``."""
     codes, near, far = encode(depth_map)
     buffer = io.BytesIO()
-    Image.fromarray(codes).save(buffer, "png", compress_level=6)
+    # Level 2 takes half the time of level 6; maps of real sensors grow by 1 to 25 %.
+    Image.fromarray(codes).save(buffer, "png", compress_level=2)
     return buffer.getvalue(), near, far
 
 

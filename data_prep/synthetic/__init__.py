@@ -1,0 +1,146 @@
+"""Synthetic raw datasets: procedural parts before a depth sensor, written in the on-disk layouts of published datasets.
+
+Every sample is drawn from a generator keyed by (seed, layout, category, split, index): the tree does not depend on the
+number of processes, and a sample not on how many others there are.
+"""
+
+import difflib
+import importlib
+import math
+import os
+import pkgutil
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+from data_prep.synthetic import layouts
+from data_prep.synthetic.parts import CATEGORIES
+from data_prep.synthetic.shots import Counts, Sample
+from dino_depth.errors import ConfigError
+from dino_depth.progress import Progress
+
+__all__ = ["LAYOUTS", "SynthConfig", "synth"]
+
+LAYOUTS = sorted(module.name for module in pkgutil.iter_modules(layouts.__path__))
+CHUNK = 16  # samples in one task of a worker
+
+
+@dataclass
+class SynthConfig:
+    """Makes a synthetic raw dataset in the on-disk layout of a published one.
+
+    Attributes:
+        layout: the dataset whose layout is written: mvtec3d or eyecandies.
+        out: folder of the raw tree, new or empty.
+        per_category: training samples of each category.
+        seed: the same seed gives the same bytes.
+        size: height and width of every map, pixels.
+        test_per_category: test samples of each category, about half of them defective; two fifths of the training
+            samples, at least 12, if not given.
+        validation_per_category: defect-free validation samples of each category; a tenth of the training samples, at
+            least one, if not given.
+        categories: names of the categories, or how many of them; all 16 if not given.
+        plane: probability that a part lies on a supporting plane; without one it floats in any rotation.
+        workers: processes; 0 is one for each core.
+    """
+
+    layout: str
+    out: str
+    per_category: int = 50
+    seed: int = 0
+    size: int = 400
+    test_per_category: int | None = None
+    validation_per_category: int | None = None
+    categories: int | list[str] | None = None
+    plane: float = 1.0
+    workers: int = 0
+
+
+def synth(config: SynthConfig) -> None:
+    """Writes the tree.
+
+    Raises:
+        ConfigError: an option has an impossible value, or the folder is not empty.
+    """
+    categories, counts = _check(config)
+    layout, root = _layout(config.layout), Path(config.out)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ConfigError(f"out: {root} is not an empty folder; name a new one or remove it first")
+    for category in categories:
+        layout.prepare(root, category, config.size, config.seed)
+    samples = [sample for category in categories for sample in layout.samples(category, counts)]
+    with Progress(f"synth {config.layout}", len(samples), "samples") as progress:
+        for done in _run(config, root, samples):
+            progress.advance(done)
+
+
+def _check(config: SynthConfig) -> tuple[list[str], Counts]:
+    if config.layout not in LAYOUTS:
+        raise ConfigError(f"layout: unknown layout {config.layout!r}{_nearest(config.layout, LAYOUTS)}")
+    test = config.test_per_category
+    validation = config.validation_per_category
+    counts = Counts(
+        train=config.per_category,
+        validation=max(1, config.per_category // 10) if validation is None else validation,
+        test=max(12, config.per_category * 2 // 5) if test is None else test,
+    )
+    values = {"validation_per_category": counts.validation, "test_per_category": counts.test, "workers": config.workers}
+    limits = {"per_category": (config.per_category, 1), "size": (config.size, 32)}
+    limits |= {key: (value, 0) for key, value in values.items()}
+    for key, (value, least) in limits.items():
+        if value < least:
+            raise ConfigError(f"{key}: must be at least {least}, got {value}")
+    if not 0 <= config.plane <= 1:
+        raise ConfigError(f"plane: must be a probability, got {config.plane}")
+    names = list(CATEGORIES)
+    if config.categories is None:
+        return names, counts
+    if isinstance(config.categories, int):
+        if not 1 <= config.categories <= len(names):
+            raise ConfigError(f"categories: must be 1..{len(names)}, got {config.categories}")
+        return names[: config.categories], counts
+    for name in config.categories:
+        if name not in CATEGORIES:
+            raise ConfigError(f"categories: unknown category {name!r}{_nearest(name, names)}")
+    if not config.categories or len(set(config.categories)) < len(config.categories):
+        raise ConfigError(f"categories: must name each category once, got {config.categories}")
+    return list(config.categories), counts
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.4)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def _layout(name: str):
+    return importlib.import_module(f"{layouts.__name__}.{name}")
+
+
+def _run(config: SynthConfig, root: Path, samples: list[Sample]) -> Iterator[int]:
+    """Writes all samples and yields how many more are done; a bounded number of tasks waits at any time."""
+    chunks = (samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK))
+    tasks = ((config.layout, root, chunk, config.size, config.plane, config.seed) for chunk in chunks)
+    workers = min(config.workers or os.cpu_count() or 1, math.ceil(len(samples) / CHUNK))
+    if workers <= 1:
+        yield from (_write(*task) for task in tasks)
+        return
+    # A fresh interpreter for each worker: a fork would copy whatever threads and libraries the caller holds.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        waiting = {pool.submit(_write, *task) for task in islice(tasks, 2 * workers)}
+        try:
+            while waiting:
+                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+                waiting |= {pool.submit(_write, *task) for task in islice(tasks, len(finished))}
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _write(layout: str, root: Path, samples: list[Sample], size: int, plane: float, seed: int) -> int:
+    for sample in samples:
+        _layout(layout).write(root, sample, size, plane, seed)
+    return len(samples)

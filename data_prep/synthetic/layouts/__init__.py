@@ -1,0 +1,8 @@
+"""Writers of raw trees exactly as datasets are published; the file name is the name of the layout.
+
+A layout module has:
+
+- ``samples(category, counts)``: every sample of a category, :class:`~data_prep.synthetic.shots.Sample`;
+- ``prepare(root, category, size, seed)``: makes the folders and writes what belongs to a category as a whole;
+- ``write(root, sample, size, plane, seed)``: draws one sample and writes its files.
+"""

@@ -1,0 +1,110 @@
+"""``dino-depth COMMAND``: parses, calls one function and maps failures to exit codes.
+
+0 done · 1 failed · 2 usage or configuration · 3 data invalid · 4 gate failed · 75 interrupted and resumable
+"""
+
+import errno
+import importlib
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from dino_depth import __version__
+from dino_depth.config import parse, suggestion
+from dino_depth.errors import ConfigError, Interrupted, ReportedError
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command lives: ``module.function(module.config)``, with some fields given by position."""
+
+    help: str
+    module: str
+    config: str
+    function: str
+    positional: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "demo": Command("synthetic raw data to an exported encoder and a report", "dino_depth.demo", "DemoConfig", "demo"),
+    "synth": Command("render a dataset in a real layout", "data_prep.synthetic", "SynthConfig", "synth", ("layout",)),
+    "prep": Command("raw dataset to shards", "data_prep.shards", "PrepareConfig", "prepare", ("dataset",)),
+    "check": Command("verify shards", "data_prep.check", "CheckConfig", "check", ("shards",)),
+    "pretrain": Command("train an encoder on shards", "dino_depth.pretrain.train", "PretrainConfig", "pretrain"),
+    "probe": Command("measure an encoder", "dino_depth.pretrain.probe", "ProbeConfig", "probe", ("encoder",)),
+    "export": Command(
+        "write transformers and timm folders", "dino_depth.pretrain.export", "ExportConfig", "export", ("run",)
+    ),
+    "doctor": Command("what this machine offers", "dino_depth.doctor", "DoctorConfig", "doctor"),
+}
+
+
+def _usage() -> str:
+    lines = ["usage: dino-depth COMMAND [--key value ...]", "", "commands:"]
+    lines += [f"  {name:9} {command.help}" for name, command in COMMANDS.items()]
+    lines += ["", "dino-depth COMMAND --help lists a command's settings; --config FILE.yaml sets them from a file."]
+    return "\n".join([*lines, "Exit codes: 0 done, 1 failed, 2 usage, 3 data invalid, 4 gate failed, 75 resumable."])
+
+
+def _run(arguments: list[str]):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return
+    if arguments[0] in ("-V", "--version"):
+        print(f"dino-depth {__version__}")
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name!r}{suggestion(name, list(COMMANDS))}; see dino-depth --help")
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    if name == "pretrain":
+        rest = _resume_with_own_config(rest)
+    config = parse(getattr(module, command.config), rest, f"dino-depth {name}", command.positional)
+    getattr(module, command.function)(config)
+
+
+def _resume_with_own_config(arguments: list[str]) -> list[str]:
+    """``pretrain --out RUN --resume`` needs no --config: the run folder holds it."""
+    if "--resume" in arguments and "--config" not in arguments and "--out" in arguments[:-1]:
+        saved = Path(arguments[arguments.index("--out") + 1]) / "config.yaml"
+        if saved.is_file():
+            return ["--config", str(saved), *arguments]
+    return arguments
+
+
+def _describe(error: OSError) -> str:
+    place = error.filename or ""
+    hint = "; free some space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+    return f"{place}: {error.strerror or error}{hint}".removeprefix(": ")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        _run(sys.argv[1:] if arguments is None else arguments)
+    except ReportedError as error:
+        message, code = str(error), error.exit_code
+    except KeyboardInterrupt:
+        message, code = "interrupted; run the same command again to continue", Interrupted.exit_code
+    except OSError as error:
+        message, code = _describe(error), 1
+    except MemoryError as error:
+        message, code = f"out of memory: {error}", 1
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        # Not foreseen, so the trace is what helps; the last line still says what happened.
+        traceback.print_exc()
+        message, code = f"{type(error).__name__}: {error}", 1
+    else:
+        return 0
+    print(f"dino-depth: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

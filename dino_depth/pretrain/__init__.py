@@ -1,0 +1,1 @@
+"""DINO-v2 pretraining on depth maps: shards, crops, student and teacher, losses, health, export."""

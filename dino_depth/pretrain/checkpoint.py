@@ -1,0 +1,115 @@
+"""Checkpoints of a run: one atomic file that holds everything a restart needs, and nothing executable.
+
+A file is ``checkpoints/step-00000300.pt``: tensors and plain numbers written by ``torch.save`` and read with
+``weights_only``. Data order, crops, masks and dropped samples are functions of (seed, step), so no generator state is
+stored.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from dino_depth.config import PretrainConfig, load_config
+from dino_depth.encoder import Encoder, load_encoder
+from dino_depth.errors import ConfigError, DataError
+from dino_depth.vit import DepthTransformer
+
+__all__ = ["checkpoint_path", "checkpoints", "load", "load_backbone", "load_encoder_or_run", "load_run_encoder", "prune", "save"]
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps lies."""
+    return Path(run) / "checkpoints" / f"step-{step:08d}.pt"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = (Path(run) / "checkpoints").glob("step-*.pt")
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}\.pt", path.name))
+
+
+def save(state: dict, path: Path):
+    """Writes a checkpoint so that a crash at any moment leaves either the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def prune(run: Path, keep: int):
+    """Deletes all but the newest ``keep`` checkpoints, and what a killed save left."""
+    for path in checkpoints(run)[:-keep]:
+        path.unlink()
+    for path in (Path(run) / "checkpoints").glob("*.tmp"):
+        path.unlink()
+
+
+def load(path: Path) -> dict:
+    """The state of a checkpoint, on the CPU.
+
+    Raises:
+        DataError: the file is missing, cut short or not a checkpoint.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its zip reader and unpickler meet
+        raise DataError(f"{path}: unreadable checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not {"step", "teacher"} <= state.keys():
+        raise DataError(f"{path}: not a checkpoint of dino-depth pretrain")
+    return state
+
+
+def load_run_encoder(run: Path, random_initialization: bool = False) -> Encoder:
+    """The frozen teacher of a run's newest checkpoint.
+
+    Args:
+        random_initialization: instead, the same network as it was at step 0.
+
+    Raises:
+        ConfigError: ``run`` is no run folder or has no checkpoint yet.
+        DataError: the checkpoint does not fit the run's configuration.
+    """
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run}: no run folder (config.yaml is missing)")
+    config = load_config(PretrainConfig, run / "config.yaml")
+    torch.manual_seed(config.train.seed)
+    backbone = DepthTransformer(config.model, config.crops.global_size)
+    step = 0
+    if not random_initialization:
+        found = checkpoints(run)
+        if not found:
+            raise ConfigError(f"{run}: no checkpoint yet")
+        state = load(found[-1])
+        step = state["step"]
+        load_backbone(backbone, state["teacher"], found[-1])
+    name = f"{run.name}, {'random initialisation' if random_initialization else f'step {step}'}"
+    return Encoder(backbone, config.data.normalization, name, config.crops.global_size)
+
+
+def load_encoder_or_run(source: str) -> Encoder:
+    """The frozen encoder of a run folder, an exported folder or a Hub id."""
+    return load_run_encoder(Path(source)) if (Path(source) / "config.yaml").is_file() else load_encoder(source)
+
+
+def load_backbone(backbone: DepthTransformer, teacher: dict, source: Path):
+    """Copies the ``backbone.`` part of a checkpoint's teacher into ``backbone``; every key must fit."""
+    weights = {key.removeprefix("backbone."): value for key, value in teacher.items() if key.startswith("backbone.")}
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise DataError(f"{source}: {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,256 @@
+"""Spatial-only multi-crop of depth maps: rotation, flips and random resized crop in one affine and one resampling.
+
+Pixel-centre convention, here and nowhere else restated: the pixel in row i and column j covers [j, j+1) x [i, i+1), so
+its centre is (x, y) = (j + 0.5, i + 0.5), x to the right and y down. An affine (2, 3) takes (u, v, 1), the position in
+the crop's unit square (u to the right, v down), to (x, y) in the map. It holds no size, so one crop can be sampled at
+any.
+
+What a crop's pixel is. The map is extended by missing pixels, and depth times validity and validity are both averaged
+over the pixel's footprint with the same non-negative weights; their ratio is the pixel's depth where the footprint is
+more than half valid, else the pixel is missing (0). A hole therefore never enters a value, and depth never fills one.
+
+The footprint. The ideal one is the pixel's parallelogram in the map, over the bilinear interpolation of the map. Here
+it is 2 x 2 bilinear samples at the centres of the parallelogram's quarters, read from the level of a half-octave
+pyramid that gives the weights the variance of the ideal ones. Along an axis where a pixel spans s pixels of the map
+
+    ideal       s^2 / 12 + 1/6                  a box of width s, and bilinear interpolation (a tent) between pixels
+    samples     s^2 / 16                        two, half a footprint apart
+    level l     2^l / 4 - 1/12                  its boxes, and the tent between its pixels
+
+which agree for 2^l = 1 + s^2 / 12. Even levels halve the map l / 2 times by boxes of 2 x 2, odd levels are the mean of
+every 2 x 2 neighbours of the level below, not thinned out. An axis that is not shrunk (s <= 1) is sampled once, so a
+map cropped whole at its own size comes back unchanged.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dino_depth.config import CropConfig
+from dino_depth.errors import ConfigError
+
+__all__ = ["Pyramid", "check_crops", "draw_crops", "multi_crop", "resample"]
+
+GLOBAL_CROPS = 2  # the teacher sees two; the losses pair each with the other
+ATTEMPTS = 10  # draws of one crop, as many as torchvision's RandomResizedCrop makes
+LARGEST_TILE = 56  # side, in pixels of the crop, of what is sampled together
+PROBES = (np.arange(8) + 0.5) / 8  # along each axis of a crop, where its share of valid pixels is estimated
+
+
+def check_crops(config: CropConfig):
+    """Refuses a recipe that no map could be cropped by.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+    for name, smallest in (("global_size", 1), ("local_size", 1), ("local_crops", 0)):
+        if getattr(config, name) < smallest:
+            raise ConfigError(f"crops.{name} must be at least {smallest}, got {getattr(config, name)}")
+    for name, largest in (("global_scale", 1), ("local_scale", 1), ("aspect", math.inf)):
+        low, high = getattr(config, name)
+        if not 0 < low <= high <= largest:
+            raise ConfigError(f"crops.{name} must satisfy 0 < smallest <= largest <= {largest}, got {low}, {high}")
+    for name, largest in (("rotation", 180), ("horizontal_flip", 1), ("vertical_flip", 1), ("minimum_valid", 1)):
+        if not 0 <= getattr(config, name) <= largest:
+            raise ConfigError(f"crops.{name} must be between 0 and {largest}, got {getattr(config, name)}")
+
+
+def draw_crops(valid: np.ndarray, config: CropConfig, seed: int, position: int) -> np.ndarray:
+    """The affines (2 + local_crops, 2, 3) float64 of one map's crops, the global ones first.
+
+    A box of random area and aspect is placed uniformly inside the map, then turned about its own centre; only its
+    corners can leave the map. The draw is a function of the arguments alone, whatever the batch, worker or rank.
+
+    Args:
+        valid: (height, width) bool.
+        seed: of the run, 0 .. 2^64 - 1.
+        position: of the sample in the run, 0 .. 2^64 - 1.
+    """
+    height, width = valid.shape
+    crops = GLOBAL_CROPS + config.local_crops
+    random = np.random.Generator(np.random.Philox(key=np.array([seed, position], np.uint64)))
+    area, aspect, angle, horizontal, vertical, x, y = random.random((7, ATTEMPTS, crops))
+
+    low, high = np.array([config.global_scale] * GLOBAL_CROPS + [config.local_scale] * config.local_crops).T
+    area = (low + area * (high - low)) * height * width
+    smallest, largest = config.aspect
+    aspect = smallest * (largest / smallest) ** aspect
+    box_width, box_height = np.sqrt(area * aspect), np.sqrt(area / aspect)
+    fits = (box_width <= width) & (box_height <= height)
+    # Where no draw fits, as in a very elongated map: the largest box inside the map with an allowed aspect.
+    box_width, box_height = np.minimum(box_width, width), np.minimum(box_height, height)
+    box_width = np.where(fits, box_width, np.minimum(box_width, box_height * largest))
+    box_height = np.where(fits, box_height, np.minimum(box_height, box_width / smallest))
+
+    angle = np.radians((2 * angle - 1) * config.rotation)
+    cosine, sine = np.cos(angle), np.sin(angle)
+    along_u = np.where(horizontal < config.horizontal_flip, -box_width, box_width)
+    along_v = np.where(vertical < config.vertical_flip, -box_height, box_height)
+    affines = np.empty((ATTEMPTS, crops, 2, 3))
+    affines[..., 0] = np.stack([cosine * along_u, sine * along_u], -1)
+    affines[..., 1] = np.stack([-sine * along_v, cosine * along_v], -1)
+    centre = np.stack([box_width / 2 + x * (width - box_width), box_height / 2 + y * (height - box_height)], -1)
+    affines[..., 2] = centre - affines[..., :2].mean(-1)  # the middle of the unit square goes to the box's centre
+
+    chosen = affines[0].copy()
+    best = np.full(crops, -np.inf)
+    open_crops = np.arange(crops)
+    for attempt in range(ATTEMPTS):
+        share = np.where(fits[attempt, open_crops], _valid_share(valid, affines[attempt, open_crops]), -1)
+        better = share > best[open_crops]
+        chosen[open_crops[better]] = affines[attempt, open_crops[better]]
+        best[open_crops] = np.maximum(best[open_crops], share)
+        open_crops = open_crops[share < config.minimum_valid]
+        if not len(open_crops):
+            break
+    return chosen
+
+
+def _valid_share(valid: np.ndarray, affines: np.ndarray) -> np.ndarray:
+    """The share (crops,) of valid pixels in each crop (crops, 2, 3), estimated at 8 x 8 positions."""
+    height, width = valid.shape
+    along_u = affines[:, :, 0, None, None] * PROBES
+    along_v = affines[:, :, 1, None, None] * PROBES[:, None]
+    x, y = np.floor(along_u + along_v + affines[:, :, 2, None, None]).astype(np.int64).swapaxes(0, 1)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)  # (crops, 8, 8)
+    return (inside & valid[y.clip(0, height - 1), x.clip(0, width - 1)]).mean((1, 2))
+
+
+class Pyramid:
+    """Maps of one size, ready to be cropped; levels are built when a crop first needs them.
+
+    Args:
+        values: (maps, height, width) float32, finite; what it holds where not valid is ignored.
+        valid: (maps, height, width) bool, on the same device.
+    """
+
+    def __init__(self, values: torch.Tensor, valid: torch.Tensor):
+        if values.dim() != 3 or values.shape != valid.shape:
+            raise ValueError(
+                f"values {tuple(values.shape)} and valid {tuple(valid.shape)} must be (maps, height, width)"
+            )
+        if values.dtype != torch.float32 or valid.dtype != torch.bool:
+            raise ValueError(f"values must be float32 and valid bool, got {values.dtype} and {valid.dtype}")
+        # The pyramid is bound by memory, and sums of validity fit bytes up to level 6.
+        self.counts = [valid.contiguous().view(torch.uint8)]
+        self.levels = [self._pair(*values.shape[1:])]
+        torch.mul(values, self.levels[0][:, 1], out=self.levels[0][:, 0])
+
+    def _pair(self, height: int, width: int) -> torch.Tensor:
+        """Room for sums of values and the latest counts, (maps, 2, height, width)."""
+        pair = torch.empty(len(self.counts[-1]), 2, height, width, device=self.counts[-1].device)
+        pair[:, 1] = self.counts[-1]
+        return pair
+
+    def level(self, index: int) -> torch.Tensor:
+        """Sums of values and of validity (maps, 2, height, width) over each pixel's 4^ceil(index / 2) pixels."""
+        while len(self.levels) <= index:
+            below, count = self.levels[-1], self.counts[-1]
+            if len(self.levels) % 2:
+                count = count.int() if len(self.levels) > 6 else count
+                self.counts.append(
+                    _neighbour_sums(count, count.new_empty(len(count), *(n + 1 for n in count.shape[1:])))
+                )
+                self.levels.append(self._pair(*self.counts[-1].shape[1:]))
+                _neighbour_sums(below[:, 0], self.levels[-1][:, 0])
+            else:
+                self.counts.append(count[:, 1::2, 1::2].contiguous())
+                self.levels.append(below[:, :, 1::2, 1::2].contiguous())
+        return self.levels[index]
+
+    def sample(self, affines: np.ndarray, size: int) -> torch.Tensor:
+        """Crops (maps, crops, 1, size, size) float32 of every map, missing pixels 0.
+
+        Args:
+            affines: (maps, crops, 2, 3) float64, from the crop's unit square to the map, see the module's docstring.
+            size: side of the crops, pixels.
+        """
+        maps, crops = affines.shape[:2]
+        device = self.levels[0].device
+        span = (
+            np.linalg.norm(affines[..., :2], axis=-2) / size
+        )  # (maps, crops, 2): pixels of the map per pixel of the crop
+        wanted = np.rint(np.log2(1 + span.prod(-1) / 12)).astype(int)  # (maps, crops)
+        # Two samples a quarter of a pixel off the centre, along u and along v: (maps, crops, 2 samples, size).
+        offset = np.where(span > 1, 0.25, 0)[..., None, None] * np.array([[-1.0], [1.0]])
+        u, v = np.moveaxis((np.arange(size) + 0.5 + offset) / size, 2, 0)
+        output = torch.empty(maps, crops, size, size, device=device)
+        for index in np.unique(wanted):
+            # Maps need not have equally many crops at this level: the same number is sampled of each, some in vain.
+            at_level = wanted == index
+            most = at_level.sum(1).max()
+            picked = np.argsort(~at_level, axis=1, kind="stable")[:, :most]  # (maps, picked)
+            rows = np.arange(maps)[:, None]
+            sampled = self._sample_level(index, affines[rows, picked], u[rows, picked], v[rows, picked])
+            map_index, slot = np.nonzero(np.take_along_axis(at_level, picked, 1))
+            output[map_index, picked[map_index, slot]] = sampled[map_index, slot]
+        return output[:, :, None]
+
+    def _sample_level(self, index: int, affines: np.ndarray, u: np.ndarray, v: np.ndarray) -> torch.Tensor:
+        """Crops (maps, crops, size, size) from one level; u, v: (maps, crops, 2 samples, size)."""
+        level = self.level(index)
+        maps, _, height, width = level.shape
+        crops, size = u.shape[1], u.shape[-1]
+        # From pixels of the map to grid_sample's -1 .. 1 over the level. A pixel of an odd level is centred on a corner
+        # of the level below, its first one on that level's own corner.
+        affines = affines * (2 / (2.0 ** (index // 2) * np.array([width, height])))[:, None]
+        affines[..., 2] += (index % 2) / np.array([width, height]) - 1
+        affines = affines.swapaxes(1, 2)[..., None, None]  # (maps, xy, crops, 3, 1, 1)
+        along_u = affines[..., 0, :, :] * u[:, None]  # (maps, xy, crops, 2 samples, size)
+        along_v = affines[..., 1, :, :] * v[:, None] + affines[..., 2, :, :]
+        # Tile by tile: a turned crop's samples then lie close together in the map, and in the processor's cache.
+        tile = max(side for side in range(1, LARGEST_TILE + 1) if size % side == 0)
+        tile = tile if tile > 7 else size
+        tiles = size // tile
+        along_u, along_v = (
+            torch.from_numpy(part.reshape(maps, 2, crops, 2, tiles, tile).swapaxes(3, 4).astype(np.float32, order="C"))
+            for part in (along_u, along_v)
+        )  # (maps, xy, crops, tiles, 2 samples, tile)
+        along_u, along_v = along_u.to(level.device), along_v.to(level.device)
+        grid = along_v[:, :, :, :, None, :, None, :, None] + along_u[:, :, :, None, :, None, :, None, :]
+        grid = grid.view(maps, 2, -1, tile).permute(0, 2, 3, 1)
+        sampled = F.grid_sample(level, grid, align_corners=False)
+        sampled = sampled.view(maps, 2, crops, tiles, tiles, 4, tile, tile).sum(5)
+        total, weight = sampled.unbind(1)
+        half = 2 * 4 ** ((index + 1) // 2)
+        kept = (weight > half).view(torch.uint8).float()  # a product, for speed: masked writes are not vectorised
+        total = total / weight.clamp_(min=1e-6) * kept
+        return total.transpose(3, 4).reshape(maps, crops, size, size)
+
+
+def resample(values: torch.Tensor, valid: torch.Tensor, affines: np.ndarray, size: int) -> torch.Tensor:
+    """Crops (maps, crops, 1, size, size) of maps (maps, height, width); see :class:`Pyramid` for the arguments."""
+    return Pyramid(values, valid).sample(affines, size)
+
+
+def multi_crop(
+    values: np.ndarray, valid: np.ndarray, config: CropConfig, seed: int, position: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One map's global (2, 1, S, S) and local (local_crops, 1, s, s) crops, float32, missing pixels 0.
+
+    Args:
+        values: (height, width) float32 network input, finite.
+        valid: (height, width) bool.
+        config: the recipe.
+        seed: of the run.
+        position: of the sample in the run.
+    """
+    affines = draw_crops(valid, config, seed, position)[None]
+    pyramid = Pyramid(torch.from_numpy(values)[None], torch.from_numpy(valid)[None])
+    return (
+        pyramid.sample(affines[:, :GLOBAL_CROPS], config.global_size)[0],
+        pyramid.sample(affines[:, GLOBAL_CROPS:], config.local_size)[0],
+    )
+
+
+def _neighbour_sums(part: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """Fills ``sums`` (maps, height + 1, width + 1) over every 2 x 2 neighbours of (maps, height, width) in zeros."""
+    maps, height, width = part.shape
+    rows = part.new_empty(maps, height + 1, width)
+    torch.add(part[:, 1:], part[:, :-1], out=rows[:, 1:-1])
+    rows[:, 0], rows[:, -1] = part[:, 0], part[:, -1]
+    torch.add(rows[:, :, 1:], rows[:, :, :-1], out=sums[:, :, 1:-1])
+    sums[:, :, 0], sums[:, :, -1] = rows[:, :, 0], rows[:, :, -1]
+    return sums

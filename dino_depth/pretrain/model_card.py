@@ -1,0 +1,292 @@
+"""What goes beside exported weights: model cards, provenance, the training configuration and the licence."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import re
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from dino_depth import __version__
+from dino_depth.config import PretrainConfig
+from dino_depth.depth import Normalization
+from dino_depth.errors import ReportedError
+from dino_depth.pretrain.parity import library_versions, worst
+from dino_depth.pretrain.run_folder import git_revision
+from dino_depth.pretrain.shards import DepthShards
+
+__all__ = ["Subject", "TrainingData", "license_text", "training_data", "write_json", "write_papers"]
+
+NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial", re.IGNORECASE)
+# Keys of env.json that say how a run was made and nothing about the people and paths of the machine.
+ENVIRONMENT = ("dino_depth", "git_revision", "python", "packages", "gpu", "world_size", "samples", "samples_sha256")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a model was trained on, one row for each shard folder and dataset.
+
+    Attributes:
+        rows: ``folder``, ``dataset``, ``maps``, ``licence`` and ``manifest_sha256`` each.
+    """
+
+    rows: list[dict]
+
+    @property
+    def non_commercial(self) -> bool:
+        return any(NON_COMMERCIAL.search(row["licence"]) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about.
+
+    Attributes:
+        config: of the run.
+        step: optimisation steps behind the weights.
+        image_size: side of the input the export is made for, pixels.
+        license: Hub identifier of the weights' licence.
+        data: None where the training shards are not there any more.
+        parity: the report that the gate passed with.
+        repository: where on the Hub it goes, if anywhere.
+    """
+
+    config: PretrainConfig
+    step: int
+    image_size: int
+    license: str
+    data: TrainingData | None
+    parity: dict
+    repository: str | None = None
+
+
+def training_data(shards: DepthShards) -> TrainingData:
+    """The datasets of the samples a run was trained on, with the licences that their manifests state."""
+    counts = Counter((shards.paths[entry.shard].parent, entry.meta["dataset"]) for entry in shards.entries)
+    rows = []
+    for folder, manifest in zip(shards.folders, shards.manifests, strict=True):
+        sha256 = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+        for (origin, dataset), maps in sorted(counts.items()):
+            if origin == folder:
+                licence = str(manifest.get("licence", "unstated"))
+                rows.append({"folder": folder.name, "dataset": dataset, "maps": maps, "licence": licence})
+                rows[-1]["manifest_sha256"] = sha256
+    return TrainingData(rows)
+
+
+def write_papers(folder: Path, subject: Subject, run: Path, checkpoint: Path):
+    """Completes ``folder``, which holds ``transformers`` and ``timm``: cards, licence, configuration and origin.
+
+    Args:
+        run: the run folder.
+        checkpoint: the file the weights are from.
+    """
+    main, second = folder / "transformers", folder / "timm"
+    training_config = main / "training_config.yaml"
+    text = yaml.safe_dump(_published_config(subject.config), sort_keys=False)
+    training_config.write_text(text, encoding="utf-8")
+    write_json(main / "provenance.json", _provenance(run, checkpoint, subject, training_config))
+    write_json(main / "parity.json", subject.parity)
+    (main / "LICENSE").write_text(license_text(subject.license), encoding="utf-8")
+    shutil.copyfile(main / "parity.json", folder / "parity.json")
+    for name in ("training_config.yaml", "provenance.json", "parity.json", "LICENSE"):
+        shutil.copyfile(main / name, second / name)
+    _write_card(main, "transformers", subject)
+    _write_card(second, "timm", subject)
+
+
+def write_json(path: Path, value: dict):
+    """Writes strict JSON: no NaN, no infinity."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _published_config(config: PretrainConfig) -> dict:
+    """A run's configuration as plain values; of paths, which describe a machine, only the last part."""
+
+    def last(path: str) -> str:
+        return Path(path).name if path else path
+
+    shards = config.data.shards
+    names = last(shards) if isinstance(shards, str) else [last(folder) for folder in shards]
+    data = dataclasses.replace(config.data, shards=names)
+    origin = last(config.init_from) if config.init_from else None
+    config = dataclasses.replace(config, out=last(config.out), init_from=origin, data=data)
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _provenance(run: Path, checkpoint: Path, subject: Subject, training_config: Path) -> dict:
+    """What the weights were made from, and by which code; ``unknown`` where the run does not say."""
+    try:
+        environment = json.loads((run / "env.json").read_text(encoding="utf-8"))
+        recorded = {key: environment[key] for key in ENVIRONMENT if key in environment}
+    except (OSError, ValueError, TypeError):
+        recorded = "unknown"
+    return {
+        "step": subject.step,
+        "checkpoint": checkpoint.name,
+        "checkpoint_sha256": _sha256(checkpoint),
+        "training_config_sha256": _sha256(training_config),
+        "training_data": subject.data.rows if subject.data else "unknown",
+        "training_environment": recorded,
+        "export": {"dino_depth": __version__, "git_revision": git_revision(), "packages": library_versions()},
+    }
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def license_text(license: str) -> str:
+    """The LICENSE file for weights under the licence of that Hub identifier.
+
+    Raises:
+        ReportedError: Apache-2.0 is asked for and this installation lacks its own licence file.
+    """
+    if license != "apache-2.0":
+        return f"These weights are released under the licence with the Hugging Face Hub identifier {license!r}.\n"
+    beside = Path(__file__).resolve().parents[2] / "LICENSE"
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8")
+    try:
+        installed = importlib.metadata.distribution("dino-depth")
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
+    text = installed and (installed.read_text("licenses/LICENSE") or installed.read_text("LICENSE"))
+    if not text:
+        raise ReportedError(f"{beside}: missing, and so is the licence of the installed package; reinstall dino-depth")
+    return text
+
+
+def _write_card(folder: Path, library: str, subject: Subject):
+    """Writes ``README.md`` for the Hub: metadata, how to load, what to feed, what it was trained on, limits."""
+    metadata = {
+        "license": subject.license,
+        "library_name": library,
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["depth", "anomaly-detection", "dinov2", "dino-depth", "self-supervised"],
+    }
+    if subject.data:
+        metadata["datasets"] = sorted({row["dataset"] for row in subject.data.rows})
+    front = yaml.safe_dump(metadata, sort_keys=False)
+    sections = [
+        _title(subject), _loading(library, subject), _input(subject), _training(subject), _checked(subject),
+        _limits(subject),
+    ]  # fmt: skip
+    (folder / "README.md").write_text(f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _title(subject: Subject) -> str:
+    model = subject.config.model
+    return f"""# DINO-Depth, ViT/{model.patch_size}, {model.dim} dimensions
+
+A depth encoder: a Vision Transformer with **one input channel** ({model.depth} blocks, {model.heads} heads, patches of
+{model.patch_size} pixels), pretrained on depth maps without labels by the DINOv2 recipe. It returns one class feature
+and one feature per patch. The weights are the EMA teacher after {subject.step} steps."""
+
+
+def _loading(library: str, subject: Subject) -> str:
+    if library == "timm":
+        source = f"hf-hub:{subject.repository}-timm" if subject.repository else "local-dir:PATH/timm"
+        return f"""## Load
+
+```python
+import timm
+
+model = timm.create_model("{source}", pretrained=True).eval()
+tokens = model.forward_features(images)  # (batch, 1 + patches, {subject.config.model.dim}), class token first
+```
+
+`images` is (batch, 1, {subject.image_size}, {subject.image_size}) float32 as described below. `forward_features` ends
+with the final norm; `forward_intermediates(norm=False)` does not."""
+    source = subject.repository or "PATH/transformers"
+    return f"""## Load
+
+```python
+import dino_depth
+from dino_depth.depth import DepthMap
+
+encoder = dino_depth.load_encoder("{source}")
+image = encoder.prepare(DepthMap.from_values(depth_in_metres))  # (1, {subject.image_size}, {subject.image_size})
+class_feature, patch_features = encoder(image[None])
+```
+
+The same features from transformers, without this project's code, given an image prepared as described below:
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{source}")
+tokens = model(pixel_values=image[None]).last_hidden_state  # (1, 1 + patches, {subject.config.model.dim})
+```"""
+
+
+def _input(subject: Subject) -> str:
+    normalization = subject.config.data.normalization
+    values = ", ".join(f"`{key}` = {value!r}" for key, value in dataclasses.asdict(normalization).items())
+    return f"""## Input
+
+Depth in **metres** (or relative depth, marked so), larger is farther. **A missing pixel is 0 in the input**, never
+filled in. The input is (batch, 1, {subject.image_size}, {subject.image_size}) float32; sides must be multiples of
+{subject.config.model.patch_size}.
+
+1. Normalise each map by `dino_depth.depth.normalize` with {values}. In the words of its documentation:
+
+```text
+{inspect.getdoc(Normalization)}
+```
+
+2. Pad to a square with missing pixels and resize so that missing and valid pixels do not mix
+   (`dino_depth.resample.fit_square`; `Encoder.prepare` does both steps).
+
+`preprocessor_config.json` and timm's `mean`/`std` only pass an image through: they do **not** normalise depth. An image
+processor that converts to RGB, rescales by 255, subtracts ImageNet's mean or resizes bicubically gives wrong features.
+
+The position embedding is stored for {subject.image_size}x{subject.image_size} pixels. At other sizes it is resized
+again: timm and dino_depth still agree, transformers does it differently, and the features drift from those of the
+training model. Export anew for another size."""
+
+
+def _training(subject: Subject) -> str:
+    config = subject.config
+    crops = config.crops
+    recipe = f"""## Training
+
+DINO on the class token (weight {config.loss.dino_weight:g}), iBOT on masked patches ({config.loss.ibot_weight:g}),
+KoLeo ({config.loss.koleo_weight:g}); {subject.step} steps of {config.train.batch} maps; per map 2 crops of
+{crops.global_size} and {crops.local_crops} of {crops.local_size} pixels, spatial augmentation only.
+`training_config.yaml` has every setting, `provenance.json` the checksums of data and weights and the versions of code
+and libraries."""
+    if subject.data is None:
+        return recipe + "\n\nThe training shards were not there at export: **data and their licences are unknown.**"
+    table = ["| dataset | maps | licence as recorded with the shards |", "|---|---|---|"]
+    table += [f"| {row['dataset']} | {row['maps']} | {row['licence']} |" for row in subject.data.rows]
+    terms = f"The licence above (`{subject.license}`) is that of the weights; the data keep their own."
+    if subject.data.non_commercial:
+        terms += (
+            " **Some of these data are licensed for non-commercial use only:** whether that binds weights trained on"
+            " them is for you to judge before any commercial use."
+        )
+    return "\n".join([recipe, "", *table, "", terms])
+
+
+def _checked(subject: Subject) -> str:
+    name, difference = worst(subject.parity)
+    return f"""## Checked
+
+On {subject.parity["samples"]} depth maps at {subject.image_size}x{subject.image_size}, float32, the largest absolute
+difference of any feature between the training model and this export in any library is {difference:.1e} ({name}), with
+features up to {subject.parity["largest_feature"]:.1f}: see `parity.json`."""
+
+
+def _limits(subject: Subject) -> str:
+    return """## Limits
+
+Made for frozen features of single objects seen by a depth sensor. No colour, no scene semantics; no measure of how good
+the features are on your data is implied by this card."""

@@ -1,0 +1,163 @@
+"""The encoder's weights as folders for transformers, timm and ONNX Runtime, each loaded back as its users load it."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dino_depth.config import ModelConfig
+from dino_depth.encoder import to_transformers
+from dino_depth.errors import GateError
+from dino_depth.pretrain.parity import Model
+
+__all__ = ["missing_onnx_packages", "write_onnx", "write_timm", "write_transformers"]
+
+Weights = dict[str, Tensor]
+
+
+def write_transformers(
+    folder: Path, weights: Weights, sizes: ModelConfig, image_size: int, description: dict
+) -> nn.Module:
+    """Writes a ``Dinov2Model`` with one channel and returns what ``AutoModel`` loads from it.
+
+    Args:
+        weights: of a ``DepthTransformer``, the position embedding at the grid of ``image_size``.
+        description: goes into config.json under ``dino_depth``.
+
+    Raises:
+        GateError: a tensor is missing, left over or of another shape when the folder is loaded.
+    """
+    from transformers import AutoModel, Dinov2Config
+    from transformers.utils import logging
+
+    folder.mkdir()
+    save_file(to_transformers(weights, sizes.depth), folder / "model.safetensors", metadata={"format": "pt"})
+    Dinov2Config(
+        architectures=["Dinov2Model"],
+        hidden_size=sizes.dim,
+        num_hidden_layers=sizes.depth,
+        num_attention_heads=sizes.heads,
+        patch_size=sizes.patch_size,
+        image_size=image_size,
+        num_channels=1,
+        layerscale_value=float(sizes.layer_scale),
+        dtype="float32",
+        dino_depth=description,
+    ).save_pretrained(folder)
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": False,
+        "do_resize": True,
+        "size": {"height": image_size, "width": image_size},
+        "resample": 0,  # nearest: the only one of theirs that does not blend depth across edges and holes
+        "do_center_crop": False,
+        "do_rescale": False,
+        "do_normalize": True,
+        "image_mean": [0.0],
+        "image_std": [1.0],
+        "dino_depth": "Expects the normalised depth of dino_depth.depth.normalize; see dino_depth in config.json.",
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+    logging.disable_progress_bar()
+    # The training model's attention; their "eager" adds up in another order.
+    model, report = AutoModel.from_pretrained(folder, output_loading_info=True, attn_implementation="sdpa")
+    faults = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
+    if faults:
+        raise GateError(f"transformers does not load the export as written: {str(faults)[:300]}; nothing exported")
+    return model.eval()
+
+
+def write_timm(folder: Path, weights: Weights, sizes: ModelConfig, image_size: int, license: str) -> nn.Module:
+    """Writes a timm Vision Transformer and returns what ``timm.create_model`` loads from it.
+
+    Raises:
+        GateError: timm does not load the folder.
+    """
+    import timm
+
+    folder.mkdir()
+    # timm has no mask token, and takes a file that holds one for Meta's.
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items() if name != "mask_token"}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    description = {
+        "architecture": "vit_small_patch14_dinov2",
+        "num_classes": 0,
+        "num_features": sizes.dim,
+        "global_pool": "token",
+        "model_args": {
+            "in_chans": 1,
+            "img_size": image_size,
+            "patch_size": sizes.patch_size,
+            "embed_dim": sizes.dim,
+            "depth": sizes.depth,
+            "num_heads": sizes.heads,
+            "init_values": sizes.layer_scale,
+            "dynamic_img_size": True,
+        },
+        "pretrained_cfg": {
+            "tag": "dino_depth",
+            "custom_load": False,
+            "input_size": [1, image_size, image_size],
+            "fixed_input_size": False,
+            "interpolation": "nearest",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "mean": [0.0],
+            "std": [1.0],
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": license,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise GateError(f"timm does not load the export as written: {reason}; nothing exported") from error
+
+
+def missing_onnx_packages() -> list[str]:
+    """What :func:`write_onnx` needs and this installation lacks."""
+    return [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
+
+
+class _Outputs(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.model(pixel_values=pixel_values)
+        return output.last_hidden_state, output.pooler_output
+
+
+def write_onnx(folder: Path, model: nn.Module) -> Model:
+    """Writes ``model.onnx`` of a ``Dinov2Model``, for its size and any batch; returns what ONNX Runtime computes."""
+    import onnxruntime
+
+    folder.mkdir()
+    path = folder / "model.onnx"
+    side = model.config.image_size
+    torch.onnx.export(
+        _Outputs(model).eval(),
+        (torch.zeros(2, 1, side, side),),  # two, because a batch of one would become a constant
+        path,
+        input_names=["pixel_values"],
+        output_names=["last_hidden_state", "pooler_output"],
+        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["last_hidden_state"], {"pixel_values": images.numpy()})[0])
+
+    return run

@@ -1,0 +1,186 @@
+"""Reading frozen features out: a kNN vote, ridge regression, bootstrap intervals, principal components as colours."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino_depth.errors import DataError
+
+__all__ = ["FIGURES", "Moments", "bootstrap", "fit_ridge", "knn", "patch_sums", "pca_colours", "query_rows"]
+
+TEMPERATURE = 0.07  # of the kNN vote, as in DINO's evaluation
+PENALTIES = tuple(10.0**exponent for exponent in range(-6, 2))
+FIGURES = {
+    "knn_class": "kNN, class feature",
+    "knn_patch": "kNN, mean patch",
+    "normal": "R2 normal, mean",
+    "normal_z": "R2 normal z",
+    "normal_angle": "normal error, deg",
+    "curvature": "R2 curvature",
+}
+
+
+def knn(gallery: Tensor, labels: Tensor, queries: Tensor, neighbours: int, classes: int) -> Tensor:
+    """Classes (queries,) that win a vote of the nearest gallery features, each with weight exp(cosine / 0.07).
+
+    In float64: with LayerScale the class features of an untrained network differ in the fifth digit only.
+
+    Args:
+        gallery: (maps, dim) features with ``labels`` (maps,) in 0..classes-1.
+        queries: (queries, dim).
+    """
+    gallery = F.normalize(gallery.double(), dim=1)
+    neighbours = min(neighbours, len(gallery))
+    answers = []
+    for part in queries.double().split(512):
+        similarity, nearest = (F.normalize(part, dim=1) @ gallery.T).topk(neighbours)
+        votes = torch.zeros(len(part), classes, dtype=torch.float64, device=gallery.device)
+        votes.scatter_add_(1, labels[nearest], (similarity / TEMPERATURE).exp())
+        answers.append(votes.argmax(1))
+    return torch.cat(answers)
+
+
+class Moments:
+    """Sums of outer products of [features, targets, 1]: all that ridge regression needs of any number of patches."""
+
+    def __init__(self, inputs: int, outputs: int):
+        self.inputs, self.outputs = inputs, outputs
+        self.sums = torch.zeros(inputs + outputs + 1, inputs + outputs + 1, dtype=torch.float64)
+
+    def add(self, features: Tensor, targets: Tensor):
+        """Adds patches: (patches, inputs) and (patches, outputs)."""
+        rows = torch.cat([features.double(), targets.double(), features.new_ones(len(features), 1).double()], 1)
+        self.sums += (rows.T @ rows).cpu()
+
+    def __add__(self, other: "Moments") -> "Moments":
+        total = Moments(self.inputs, self.outputs)
+        total.sums = self.sums + other.sums
+        return total
+
+    @property
+    def count(self) -> int:
+        return int(self.sums[-1, -1])
+
+
+def _ridge(moments: Moments, penalties: tuple[float, ...]) -> Tensor:
+    """(penalties, inputs + 1, outputs) weights, the intercept last, of ridge regression on standardised features.
+
+    Minimises the mean squared error plus penalty times the squared norm of the weights of unit-variance features.
+    """
+    inputs, count = moments.inputs, moments.sums[-1, -1]
+    mean = moments.sums[-1, :-1] / count
+    covariance = moments.sums[:-1, :-1] / count - torch.outer(mean, mean)
+    deviation = covariance.diagonal()[:inputs].clamp_min(0).sqrt()
+    # A feature that never changes carries nothing; rounding must not turn it into a huge weight.
+    scale = torch.where(deviation > 1e-7 * mean[:inputs].abs().clamp_min(1e-7), 1 / deviation.clamp_min(1e-30), 0)
+    correlation = covariance[:inputs, :inputs] * scale[:, None] * scale
+    values, vectors = torch.linalg.eigh(correlation)
+    projected = vectors.T @ (covariance[:inputs, inputs:] * scale[:, None])
+    shrunk = [projected / (values.clamp_min(0) + penalty)[:, None] for penalty in penalties]
+    weights = torch.stack([scale[:, None] * (vectors @ part) for part in shrunk])
+    return torch.cat([weights, (mean[inputs:] - mean[:inputs] @ weights)[:, None]], 1)
+
+
+def fit_ridge(fit: Moments, choose: Moments) -> Tensor:
+    """(inputs + 1, outputs) weights on all patches, each output with the penalty that errs least on ``choose``.
+
+    Raises:
+        DataError: one of the two holds no patch.
+    """
+    if not fit.count or not choose.count:
+        raise DataError("no patch of the gallery maps has enough valid depth for a surface fit")
+    trials = _ridge(fit, PENALTIES)  # (penalties, inputs + 1, outputs)
+    inputs, outputs = fit.inputs, fit.outputs
+    order = [*range(inputs), inputs + outputs]
+    gram, cross = choose.sums[order][:, order], choose.sums[order][:, inputs:-1]
+    # Squared error from moments, up to the constant sum of squared targets.
+    errors = torch.einsum("pio,ij,pjo->po", trials, gram, trials) - 2 * torch.einsum("pio,io->po", trials, cross)
+    best = errors.argmin(0)
+    return _ridge(fit + choose, PENALTIES)[best, :, torch.arange(outputs)].T
+
+
+# One row per query map, summed over (resampled) maps; every figure is a function of these sums.
+COLUMNS = 4 + 3 * 4 + 1  # maps, two kNN hits, patches; targets, their squares, squared errors (4 each); angles
+
+
+def query_rows(hits: list[Tensor], patches: list[Tensor]) -> Tensor:
+    """(maps, COLUMNS) float64 from kNN hits (maps,) each and per-patch sums (maps, 14) each."""
+    ones = torch.ones(len(hits[0]), 1, dtype=torch.float64)
+    return torch.cat([ones, torch.stack(hits, 1).double(), torch.cat(patches)], 1)
+
+
+def patch_sums(predicted: Tensor, targets: Tensor, usable: Tensor) -> Tensor:
+    """(maps, 14) float64: over the usable patches of each map, the sums that R2 and the mean angle need."""
+    cosine = F.cosine_similarity(predicted[..., :3], targets[..., :3], dim=-1).clamp(-1, 1)
+    angle = torch.rad2deg(cosine.acos())[..., None]
+    count = torch.ones_like(angle)
+    terms = torch.cat([count, targets, targets.square(), (predicted - targets).square(), angle], -1)
+    return (terms * usable[..., None]).flatten(1, 2).sum(1)
+
+
+def _figures(sums: Tensor) -> dict[str, Tensor]:
+    """The figures (...,) of column sums (..., COLUMNS)."""
+    maps, class_hits, patch_hits, count = sums[..., :4].unbind(-1)
+    total, squares, errors = sums[..., 4:8], sums[..., 8:12], sums[..., 12:16]
+    spread = squares - total.square() / count[..., None]
+    determination = 1 - errors / spread  # (..., 4): normal x, y, z, curvature
+    return {
+        "knn_class": class_hits / maps,
+        "knn_patch": patch_hits / maps,
+        "normal": determination[..., :3].mean(-1),
+        "normal_z": determination[..., 2],
+        "normal_angle": sums[..., 16] / count,
+        "curvature": determination[..., 3],
+    }
+
+
+def bootstrap(rows: dict[str, Tensor], samples: int, seed: int) -> dict[str, dict]:
+    """Figures with 95 % percentile intervals over maps, and the paired interval of trained minus random.
+
+    Args:
+        rows: of ``trained``, ``random`` and ``pixels``, (maps, COLUMNS) float64 of the same maps in the same order.
+
+    Returns:
+        for each of ``FIGURES``: for each source and for ``gain``, ``value``, ``low`` and ``high``.
+    """
+    maps = len(rows["trained"])
+    counts = np.random.default_rng(seed).multinomial(maps, np.full(maps, 1 / maps), samples)
+    counts = torch.cat([torch.ones(1, maps, dtype=torch.float64), torch.from_numpy(counts).double()])
+    drawn = {source: _figures(counts @ table) for source, table in rows.items()}  # first the figure itself
+
+    def interval(values: Tensor) -> dict[str, float]:
+        low, high = torch.quantile(values[1:], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return {"value": float(values[0]), "low": low, "high": high}
+
+    result = {}
+    for name in FIGURES:
+        result[name] = {source: interval(drawn[source][name]) for source in drawn}
+        result[name]["gain"] = interval(drawn["trained"][name] - drawn["random"][name])
+    return result
+
+
+def pca_colours(features: Tensor, usable: Tensor | None = None) -> Tensor:
+    """The three leading principal components of patch features as colours, fitted jointly over all maps.
+
+    Each component spans 0..1 between its 2nd and 98th percentile. Components have no sign; each is turned so that its
+    largest loading is positive, which makes the colours reproducible.
+
+    Args:
+        features: (maps, rows, columns, dim).
+        usable: (maps, rows, columns) bool, the patches to fit on and to colour; the others are 0.
+
+    Returns:
+        (maps, rows, columns, 3) float32 in 0..1.
+    """
+    usable = torch.ones(features.shape[:3], dtype=torch.bool) if usable is None else usable
+    rows = features[usable].double()
+    if len(rows) < 4:
+        raise DataError(f"{len(rows)} usable patches are too few for principal components")
+    _, _, axes = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    axes = axes[:3] * axes[:3].gather(1, axes[:3].abs().argmax(1, keepdim=True)).sign()
+    scores = (rows - rows.mean(0)) @ axes.T
+    low, high = torch.quantile(scores, torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
+    colours = torch.zeros(*features.shape[:3], 3)
+    colours[usable] = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).float()
+    return colours

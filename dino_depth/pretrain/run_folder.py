@@ -1,0 +1,176 @@
+"""The files of a run: resolved configuration, environment, log, metrics and TensorBoard events."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from dino_depth import __version__, distributed
+from dino_depth.config import PretrainConfig, load_config, save_config
+from dino_depth.errors import ConfigError, DataError
+from dino_depth.pretrain.shards import DepthShards
+
+__all__ = ["RunFolder", "git_revision"]
+
+# Settings that do not change what is computed, and may differ between a run and its resumption.
+FREE = {
+    "out", "resume", "data.shards", "data.workers", "data.resident", "model.attention", "train.accumulate",
+    "train.checkpoint_every", "train.keep", "train.log_every", "train.threads", "train.device",
+}  # fmt: skip
+PACKAGES = ("torch", "timm", "numpy", "pillow", "transformers", "safetensors", "xformers")
+
+
+def git_revision() -> str:
+    """The commit of the checkout this package runs from, or "unknown"."""
+    try:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _flat(mapping: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in mapping.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+class RunFolder:
+    """Opens a run's folder for writing; only rank 0 writes.
+
+    Args:
+        config: the resolved configuration.
+        shards: the data; a resumed run must see the same samples.
+
+    Raises:
+        ConfigError: the folder is not empty and ``resume`` is not set, or a setting changed since the run began.
+        DataError: the shards changed since the run began.
+    """
+
+    def __init__(self, config: PretrainConfig, shards: DepthShards):
+        if not config.out:
+            raise ConfigError("--out is missing: name the run folder")
+        self.path = Path(config.out)
+        self.writes = distributed.rank() == 0
+        started = (self.path / "config.yaml").is_file()
+        if config.resume and started:
+            self._check_unchanged(config, shards)
+        elif not config.resume and self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError(f"--out {self.path}: folder is not empty; use --resume to continue the run in it")
+        self.log = logging.getLogger("dino_depth")
+        self._metrics = self._events = None
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(self.path / "run.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.log.setLevel(logging.INFO)
+        self.log.propagate = False
+        self.log.handlers = [handler]
+        environment = self._environment(shards)
+        (self.path / "env.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+        if not started:
+            # Last, and in one step: a run exists once its configuration does.
+            partial = self.path / "config.yaml.tmp"
+            save_config(config, partial)
+            os.replace(partial, self.path / "config.yaml")
+
+    def _check_unchanged(self, config: PretrainConfig, shards: DepthShards):
+        before = _flat(asdict(load_config(PretrainConfig, self.path / "config.yaml")))
+        now = _flat(asdict(config))
+        for key, value in now.items():
+            old = before.get(key)
+            if key not in FREE and json.dumps(old) != json.dumps(value):
+                raise ConfigError(
+                    f"--resume: {key} was {old} when {self.path} began and is {value} now; "
+                    "start a new run (--init_from keeps the weights)"
+                )
+        if (self.path / "env.json").is_file():
+            known = json.loads((self.path / "env.json").read_text(encoding="utf-8")).get("samples_sha256")
+            if known and known != _fingerprint(shards):
+                raise DataError(f"--resume: the samples of {config.data.shards} are not those {self.path} began with")
+
+    def _environment(self, shards: DepthShards) -> dict:
+        versions = {}
+        for package in PACKAGES:
+            try:
+                versions[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        return {
+            "dino_depth": __version__,
+            "git_revision": git_revision(),
+            "python": platform.python_version(),
+            "packages": versions,
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+            "gpu": gpu,
+            "world_size": distributed.world_size(),
+            "command": " ".join(sys.argv),
+            "samples": len(shards),
+            "samples_sha256": _fingerprint(shards),
+            "manifests_sha256": {str(path): _sha256(path / "manifest.json") for path in shards.folders},
+        }
+
+    def open_metrics(self, first_step: int):
+        """Starts appending at ``first_step``; measurements a killed run made beyond its checkpoint are dropped."""
+        if not self.writes:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = self.path / "metrics.jsonl"
+        kept = []
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= first_step:
+                        kept.append(line + "\n")
+                except (json.JSONDecodeError, KeyError):
+                    break  # a kill in mid-write leaves half a last line
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._metrics = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+        self._events = SummaryWriter(str(self.path), purge_step=first_step + 1)
+
+    def write_metrics(self, step: int, figures: dict[str, float]):
+        """One line of metrics.jsonl and the same TensorBoard scalars."""
+        if self._metrics is None:
+            return
+        self._metrics.write(json.dumps({"step": step} | figures) + "\n")
+        for name, value in figures.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self):
+        if self._metrics is not None:
+            self._metrics.close()
+            self._events.close()
+        for handler in self.log.handlers:
+            handler.close()
+        self.log.handlers = []
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _fingerprint(shards: DepthShards) -> str:
+    """What the run reads: the checksums of its shards and the keys it selected, wherever the folders lie."""
+    digest = hashlib.sha256()
+    for manifest in shards.manifests:
+        for shard in manifest["shards"]:
+            digest.update(shard["sha256"].encode())
+    for entry in shards.entries:
+        digest.update(entry.meta["key"].encode())
+    return digest.hexdigest()

@@ -1,0 +1,131 @@
+"""The method: what the teacher wants, and what the student pays. The loop only schedules these functions."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dino_depth.config import PretrainConfig
+from dino_depth.pretrain.heads import PrototypeHead
+from dino_depth.pretrain.losses import koleo, matmul_dtype, prototype_cross_entropy, sinkhorn
+from dino_depth.vit import DepthTransformer
+
+__all__ = ["Batch", "Networks", "Targets", "student_losses", "teacher_targets", "update_teacher"]
+
+
+class Networks(nn.Module):
+    """Backbone and the two heads, of the student or of the teacher."""
+
+    def __init__(self, config: PretrainConfig):
+        super().__init__()
+        self.backbone = DepthTransformer(config.model, config.crops.global_size)
+        self.dino_head = PrototypeHead(config.model.dim, config.loss)
+        self.ibot_head = PrototypeHead(config.model.dim, config.loss)
+
+
+@dataclass
+class Batch:
+    """One backward pass's worth of crops.
+
+    Attributes:
+        global_crops: (2 * maps, 1, side, side), the first crop of every map before the second of every map.
+        local_crops: (crops * maps, 1, side, side), likewise.
+        masks: (2 * maps, patches) bool, hidden from the student.
+        masked: (hidden,) row of each hidden patch among all patches of the global crops, from ``masks``.
+        mask_weights: (hidden,) 1 / (hidden patches of its crop * number of global crops).
+    """
+
+    global_crops: Tensor
+    local_crops: Tensor
+    masks: Tensor
+    masked: Tensor
+    mask_weights: Tensor
+
+    @classmethod
+    def make(cls, global_crops: Tensor, local_crops: Tensor, masks: Tensor, device: torch.device) -> "Batch":
+        """From (maps, 2, 1, side, side) and (maps, crops, 1, side, side) crops and (maps, 2, patches) masks."""
+        masks = masks.transpose(0, 1).flatten(0, 1)
+        weights = (1 / masks.sum(1).clamp_min(1))[:, None].expand_as(masks)[masks] / len(masks)
+        parts = (
+            global_crops.transpose(0, 1).flatten(0, 1),
+            local_crops.transpose(0, 1).flatten(0, 1),
+            masks,
+            masks.flatten().nonzero().flatten(),
+            weights,
+        )
+        return cls(*(part.to(device, non_blocking=True) for part in parts))
+
+
+@dataclass
+class Targets:
+    """What the teacher assigns.
+
+    Attributes:
+        classes: (2 * maps, K) per global crop.
+        patches: (hidden, K) per hidden patch.
+        class_features: (2 * maps, dim) and ``patch_features`` (2 * maps, patches, dim): the teacher's, for health.
+    """
+
+    classes: Tensor
+    patches: Tensor
+    class_features: Tensor
+    patch_features: Tensor
+
+
+@torch.no_grad()
+def teacher_targets(teacher: Networks, batch: Batch, temperature: float, iterations: int) -> Targets:
+    """The teacher sees whole global crops; its assignments are balanced by Sinkhorn-Knopp."""
+    (tokens,) = teacher.backbone.forward_packed([batch.global_crops], [None])  # (2 maps, 1 + patches, dim)
+    classes, patches = tokens[:, 0], tokens[:, 1:]
+    hidden = patches.flatten(0, 1).index_select(0, batch.masked)  # (hidden, dim)
+    targets = []
+    for head, rows in ((teacher.dino_head, classes), (teacher.ibot_head, hidden)):
+        dtype = matmul_dtype(rows.device)
+        logits = head(rows).to(dtype) @ head.prototypes().to(dtype).T  # (rows, K)
+        targets.append(sinkhorn(logits, temperature, iterations))
+    return Targets(*targets, classes, patches)
+
+
+def student_losses(student: Networks, batch: Batch, targets: Targets, config: PretrainConfig) -> dict[str, Tensor]:
+    """DINO, iBOT and KoLeo losses of the student, unweighted, and their weighted sum ``loss``.
+
+    - dino: mean cross entropy over all pairs (student crop, teacher global crop) of a map but a crop with itself:
+      2 + 2 * local crops pairs (Oquab et al. 2023, section 4).
+    - ibot: mean over the global crops of the mean over their hidden patches.
+    - koleo: sum over the two sets of global crops, on class tokens before the head.
+    """
+    loss = config.loss
+    maps = len(batch.global_crops) // 2
+    locals_ = len(batch.local_crops) // maps
+    whole, local = student.backbone.forward_packed(
+        [batch.global_crops, batch.local_crops], [batch.masks, None], config.model.drop_path
+    )
+    classes = torch.cat([whole[:, 0], local[:, 0]])  # ((2 + local crops) * maps, dim)
+    first, second = targets.classes.chunk(2)
+    wanted = torch.cat([second, first, first + second])  # (3 * maps, K): for crop 1, for crop 2, for a local crop
+    index = torch.arange(2 * maps, device=classes.device)
+    index = torch.cat([index, (2 * maps + torch.arange(maps, device=classes.device)).repeat(locals_)])
+    weights = torch.full((len(classes),), 1 / (maps * (2 + 2 * locals_)), device=classes.device)
+    head = student.dino_head
+    dino = prototype_cross_entropy(
+        head(classes), head.prototypes(), wanted, index, weights, loss.student_temperature
+    )
+    hidden = whole[:, 1:].flatten(0, 1).index_select(0, batch.masked)  # (hidden, dim)
+    head = student.ibot_head
+    ibot = prototype_cross_entropy(
+        head(hidden),
+        head.prototypes(),
+        targets.patches,
+        torch.arange(len(hidden), device=hidden.device),
+        batch.mask_weights,
+        loss.student_temperature,
+    )
+    spread = sum(koleo(part) for part in whole[:, 0].chunk(2))
+    total = loss.dino_weight * dino + loss.ibot_weight * ibot + loss.koleo_weight * spread
+    return {"loss": total, "dino": dino, "ibot": ibot, "koleo": spread}
+
+
+@torch.no_grad()
+def update_teacher(teacher: Networks, student: Networks, momentum: float):
+    """teacher = momentum * teacher + (1 - momentum) * student."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

@@ -1,0 +1,313 @@
+"""The pretraining loop."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from dino_depth import distributed
+from dino_depth.config import PretrainConfig
+from dino_depth.depth import normalize
+from dino_depth.errors import ConfigError, Interrupted, ReportedError
+from dino_depth.pretrain import checkpoint
+from dino_depth.pretrain.crops import multi_crop
+from dino_depth.pretrain.health import CollapseGate, measure
+from dino_depth.pretrain.masks import draw_masks
+from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
+from dino_depth.pretrain.run_folder import RunFolder
+from dino_depth.pretrain.shards import DepthShards, EndlessOrder
+from dino_depth.pretrain.student_teacher import Batch, Networks, student_losses, teacher_targets, update_teacher
+from dino_depth.progress import Progress, peak_memory
+from dino_depth.vit import probe_attention, resize_position_embedding
+
+__all__ = ["pick_device", "pretrain", "reuse_memory"]
+
+BAD_STEPS = 3  # steps without a finite loss, in a row, that end a run
+PARTS = ("backbone", "dino_head", "ibot_head")
+SCHEDULED = ("lr", "weight_decay", "momentum", "teacher_temperature")
+
+
+class _Stop:
+    """Remembers that Ctrl-C, SIGTERM or SIGUSR1 came, so that the loop can stop between two steps."""
+
+    def __enter__(self):
+        self.asked, self.name, self._before = False, "another rank", {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number, frame):
+        self.asked, self.name = True, signal.Signals(number).name
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Crops(Dataset):
+    """Position -> crops of the map there: the same ones, whoever asks."""
+
+    def __init__(self, shards: DepthShards, config: PretrainConfig):
+        self.shards, self.config = shards, config
+        self.order = EndlessOrder(len(shards), config.train.seed)
+
+    def __getitem__(self, position: int):
+        try:
+            depth_map, _ = self.shards.sample(self.order[position])
+        except ReportedError as error:
+            return error  # raised in the training process, without the worker's trace around it
+        values = normalize(depth_map, self.config.data.normalization)
+        seed, grid = self.config.train.seed, self.config.crops.global_size // self.config.model.patch_size
+        crops = multi_crop(values, depth_map.valid, self.config.crops, seed, position)
+        return *crops, torch.from_numpy(draw_masks(grid, self.config.loss, seed, position))
+
+
+def _positions(config: PretrainConfig, first_step: int):
+    """This rank's positions of every backward pass from ``first_step`` to the end.
+
+    A step takes the next ``batch`` positions, dealt in blocks to (pass, rank): the number of ranks and passes does not
+    change which maps a step sees.
+    """
+    ranks, passes = distributed.world_size(), config.train.accumulate
+    block = config.train.batch // (ranks * passes)
+    for step in range(first_step, config.train.steps):
+        for turn in range(passes):
+            start = step * config.train.batch + (turn * ranks + distributed.rank()) * block
+            yield list(range(start, start + block))
+
+
+def _collate(samples: list):
+    return next((sample for sample in samples if isinstance(sample, Exception)), None) or default_collate(samples)
+
+
+def _next(loader) -> list[torch.Tensor]:
+    try:
+        crops = next(loader)
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            text = " ".join(str(error).split())
+            raise ReportedError(f"{text} Try fewer data.workers, or 0; dino-depth doctor shows memory.") from None
+        raise
+    if isinstance(crops, Exception):
+        raise crops
+    return crops
+
+
+def _quiet_worker(_):
+    # Ctrl-C reaches the whole process group; the training process decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _loader(shards: DepthShards, config: PretrainConfig, first_step: int, device: torch.device):
+    return iter(
+        DataLoader(
+            _Crops(shards, config),
+            batch_sampler=_positions(config, first_step),
+            num_workers=config.data.workers,
+            collate_fn=_collate,
+            worker_init_fn=_quiet_worker,
+            pin_memory=device.type == "cuda",
+        )
+    )
+
+
+def reuse_memory():
+    """Keeps freed memory in the process: a step frees and asks again for hundreds of megabytes of temporaries, and
+    giving them back to the kernel costs a tenth of a CPU step in page faults."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+                mallopt(parameter, value)
+
+
+def _check(config: PretrainConfig, shards: DepthShards, device: torch.device):
+    train, ranks = config.train, distributed.world_size()
+    if train.steps < 1 or train.batch < 1 or train.accumulate < 1 or train.keep < 1 or train.checkpoint_every < 1:
+        raise ConfigError("train.steps, batch, accumulate, keep and checkpoint_every must be at least 1")
+    if train.batch % (train.accumulate * ranks):
+        raise ConfigError(
+            f"train.batch {train.batch} must divide by train.accumulate {train.accumulate} times {ranks} processes"
+        )
+    if train.batch // (train.accumulate * ranks) < 2 and config.loss.koleo_weight:
+        raise ConfigError("KoLeo needs at least 2 maps per pass and process: raise train.batch or lower accumulate")
+    if len(shards) < train.batch:
+        raise ConfigError(f"{config.data.shards}: {len(shards)} samples are too few for train.batch {train.batch}")
+    for name in ("global_size", "local_size"):
+        if getattr(config.crops, name) % config.model.patch_size:
+            raise ConfigError(f"crops.{name} must be a multiple of model.patch_size {config.model.patch_size}")
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    if reason := probe_attention(config.model.attention, device.type, dtype):
+        raise ConfigError(f"model.attention {config.model.attention} does not work here: {reason}")
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` as a device of this process's rank.
+
+    Raises:
+        ConfigError: ``cuda`` was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device cuda: torch sees no CUDA device; run dino-depth doctor")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def pretrain(config: PretrainConfig):
+    """Runs, or resumes, a pretraining; see :class:`PretrainConfig`.
+
+    Raises:
+        ConfigError: settings that cannot work.
+        DataError: a shard or sample is corrupt.
+        GateError: the run collapsed or stalled.
+        Interrupted: a signal came; a checkpoint is written.
+        ReportedError: the loss was not finite three times in a row.
+    """
+    device = pick_device(config.train.device)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    if device.type == "cpu":
+        reuse_memory()
+    distributed.start(device)
+    try:
+        _run(config, device)
+    finally:
+        distributed.stop()
+
+
+def load_pretrained(student: Networks, source: str):
+    """Starts the student's backbone from a run, a checkpoint file or an export.
+
+    Raises:
+        ConfigError: the source's network has other sizes.
+    """
+    if source.endswith(".pt"):
+        checkpoint.load_backbone(student.backbone, checkpoint.load(source)["teacher"], source)
+        return
+    loaded = checkpoint.load_encoder_or_run(source).backbone
+    weights = loaded.state_dict()
+    grid = student.backbone.patch_embed.grid_size
+    weights["pos_embed"] = resize_position_embedding(weights["pos_embed"], grid)
+    try:
+        student.backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(f"--init_from {source}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _run(config: PretrainConfig, device: torch.device):
+    shards = DepthShards(config.data.shards, config.data.splits)
+    _check(config, shards, device)
+    torch.manual_seed(config.train.seed)
+    student = Networks(config).to(device)
+    teacher = Networks(config).to(device).requires_grad_(False)
+    if config.init_from:
+        load_pretrained(student, config.init_from)
+    teacher.load_state_dict(student.state_dict())
+    optimizer = build_optimizer(student, config)
+    gate = CollapseGate(config.health, config.train.steps)
+    run = RunFolder(config, shards)
+    try:
+        first, bad = 0, 0
+        if found := checkpoint.checkpoints(run.path):
+            state = checkpoint.load(found[-1])
+            student.load_state_dict(state["student"])
+            teacher.load_state_dict(state["teacher"])
+            optimizer.load_state_dict(state["optimizer"])
+            gate.restore(state["gate"])
+            first, bad = state["step"], state["bad"]
+        if config.data.resident:
+            shards.make_resident()
+        run.open_metrics(first)
+        run.log.info("%s at step %d of %d on %s", "resumed" if first else "started", first, config.train.steps, device)
+        with _Stop() as stop:
+            _loop(config, device, shards, student, teacher, optimizer, gate, run, first, bad, stop)
+    except Exception as error:
+        run.log.error("%s", error)
+        raise
+    finally:
+        run.close()
+
+
+def _loop(config, device, shards, student, teacher, optimizer, gate, run, first, bad, stop):
+    train, passes = config.train, config.train.accumulate
+    loader = _loader(shards, config, first, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16")
+    since, seconds_waiting = time.perf_counter(), 0.0
+    progress = Progress("pretrain", train.steps, "steps", first) if run.writes else contextlib.nullcontext()
+
+    def save(done: int):
+        if run.writes:
+            state = {"step": done, "bad": bad, "gate": gate.state(), "optimizer": optimizer.state_dict()}
+            state |= {"student": student.state_dict(), "teacher": teacher.state_dict()}
+            checkpoint.save(state, checkpoint.checkpoint_path(run.path, done))
+            checkpoint.prune(run.path, train.keep)
+            run.log.info("checkpoint after step %d", done)
+
+    with progress:
+        for step in range(first, train.steps):
+            now = schedule(config, step)
+            set_rates(optimizer, now)
+            sums = {}
+            for turn in range(passes):
+                waiting = time.perf_counter()
+                batch = Batch.make(*_next(loader), device)
+                seconds_waiting += time.perf_counter() - waiting
+                # Which samples skip which branch depends on the step alone, so a resumed run draws the same.
+                part = turn * distributed.world_size() + distributed.rank()
+                torch.manual_seed((train.seed * 1_000_003 + step) * 65_537 + part)
+                with autocast:
+                    targets = teacher_targets(teacher, batch, now.teacher_temperature, config.loss.sinkhorn_iterations)
+                    losses = student_losses(student, batch, targets, config)
+                (losses["loss"] / passes).backward()
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0) + value.detach() / passes
+            distributed.average_gradients(list(student.parameters()))
+            norms = clip(student, config.optim.clip)
+            finite = torch.isfinite(sums["loss"]) & torch.isfinite(norms).all()
+            # Ranks agree, in one reduction, whether a step counts and whether to stop.
+            failed, stopping = distributed.all_sum(torch.stack([~finite, finite.new_tensor(stop.asked)]).int()).tolist()
+            if failed:
+                bad += 1
+                run.log.warning("step %d skipped: loss %s, gradient norms %s", step, sums["loss"], norms.tolist())
+            else:
+                bad = 0
+                optimizer.step()
+                update_teacher(teacher, student, now.momentum)
+            optimizer.zero_grad()
+            done = step + 1
+            if bad == BAD_STEPS:
+                good = checkpoint.checkpoints(run.path)
+                where = good[-1] if good else "none yet"
+                raise ReportedError(f"step {step}: loss not finite {bad} times in a row; last good checkpoint: {where}")
+            health = measure(targets) if done % config.health.every == 0 and not failed else {}
+            if done % train.log_every == 0 or health or done == train.steps:
+                elapsed = time.perf_counter() - since
+                figures = {f"loss/{name}" if name != "loss" else name: float(sums[name]) for name in sums}
+                figures |= {f"schedule/{name}": float(getattr(now, name)) for name in SCHEDULED}
+                figures |= {f"gradient/{name}": float(norm) for name, norm in zip(PARTS, norms, strict=True)}
+                figures |= {f"health/{name}": value for name, value in health.items()}
+                count = (done - first) * train.batch
+                figures |= {"speed/maps_per_second": count / elapsed, "speed/data_wait": seconds_waiting / elapsed}
+                figures |= {"speed/peak_memory_gib": peak_memory() / 2**30}
+                run.write_metrics(done, figures)
+            if health:
+                gate.check(health, done)
+            stopping = stopping and done < train.steps
+            if done % train.checkpoint_every == 0 or done == train.steps or stopping:
+                save(done)
+            if run.writes:
+                progress.advance(1, f"loss {float(sums['loss']):.3f}")
+            if stopping:
+                raise Interrupted(f"{run.path}: stopped after step {done} by {stop.name}; continue with --resume")
