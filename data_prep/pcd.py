@@ -50,10 +50,12 @@ def _decode(content: bytes, coordinate: str) -> np.ndarray:
         raise DataError(f"field {coordinate} has an unknown type {kinds[column]}{sizes[column]}")
     body = content[start:]
     if encoding == "ascii":
+        if not body.strip():
+            raise DataError("cut short: no points")
         text = io.StringIO(body.decode("ascii"))
-        values = np.loadtxt(text, np.float64, usecols=sum(counts[:column]), max_rows=points, ndmin=1)
+        values = np.loadtxt(text, np.float64, usecols=sum(counts[:column]), ndmin=1)
         if len(values) != points:
-            raise DataError(f"cut short: {len(values)} of {points} points")
+            raise DataError(f"{len(values)} points, the header says {points}")
         return values.reshape(height, width)
     before = sum(widths[:column])
     if encoding == "binary":

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_gather", "all_max", "all_sum", "average_gradients", "rank", "start", "stop", "world_size"]
+__all__ = ["all_gather", "all_max", "all_sum", "average_gradients", "barrier", "rank", "start", "stop", "world_size"]
 
 
 def start(device: torch.device, timeout_minutes: float = 30.0):
@@ -29,6 +29,12 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    """Returns when every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def all_sum(tensor: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ class DepthTransformer(VisionTransformer):
             raise ConfigError(f"model.dim {config.dim} is no multiple of model.heads {config.heads}")
         if not 0 <= config.drop_path < 1:
             raise ConfigError(f"model.drop_path must lie in [0, 1), got {config.drop_path}")
+        if not config.layer_scale > 0:
+            raise ConfigError(f"model.layer_scale must be positive, got {config.layer_scale}")
         super().__init__(
             img_size=image_size,
             patch_size=config.patch_size,

@@ -1,7 +1,17 @@
-"""Shared by all tests: single-threaded torch, so that two cores serve two test processes."""
+"""Shared by all tests: small shards, a tiny pretraining, and one thread a process so that two cores serve two."""
 
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it, and for the processes tests start
+
+import numpy as np
 import pytest
 import torch
+
+from data_prep.folder import FolderOptions
+from data_prep.shards import PrepareConfig, prepare
+from dino_depth.config import PretrainConfig, parse
 
 torch.set_num_threads(1)
 
@@ -9,3 +19,47 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def depth_scene(index: int, side: int = 48) -> np.ndarray:
+    """A float32 map in metres of one of three shapes on a tilted plane, with a hole, drawn from ``index``."""
+    random = np.random.default_rng(index)
+    rows, columns = np.mgrid[0:side, 0:side] / side - 0.5
+    depth = 0.5 + random.uniform(-0.1, 0.1) * rows + random.uniform(-0.1, 0.1) * columns
+    x, y = random.uniform(-0.15, 0.15, 2)
+    away = (np.hypot(rows - x, columns - y), np.maximum(abs(rows - x), abs(columns - y)), abs(rows - columns + x))
+    depth -= 0.05 * (away[index % 3] < 0.25)
+    depth += random.normal(0, 2e-4, depth.shape)
+    depth[:6, : 2 + index % 5] = 0
+    return depth.astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """A small shard folder: 3 categories, 20 training and 8 test maps each."""
+    root = tmp_path_factory.mktemp("depth")
+    index = 0
+    for split, count in (("train", 20), ("test", 8)):
+        for category in range(3):
+            (root / "raw" / split / f"shape{category}").mkdir(parents=True)
+            for place in range(count):
+                np.save(root / "raw" / split / f"shape{category}" / f"{place:03}.npy", depth_scene(3 * index + category))
+                index += 1
+    options = FolderOptions(unit="m", split="")
+    prepare(PrepareConfig("folder", str(root / "raw"), str(root / "shards"), 1, samples_per_shard=25, folder=options))
+    return root / "shards"
+
+
+@pytest.fixture
+def tiny(shards, tmp_path) -> PretrainConfig:
+    """A pretraining that takes milliseconds a step."""
+    config = parse(PretrainConfig, ["--config", "pretrain_demo"], "test")
+    config.out, config.data.shards = str(tmp_path / "run"), str(shards)
+    config.data.workers, config.data.resident = 0, False
+    config.crops.global_size, config.crops.local_size, config.crops.local_crops = 42, 14, 2
+    config.model.dim, config.model.depth, config.model.heads, config.model.drop_path = 32, 2, 2, 0.25
+    config.loss.prototypes, config.loss.hidden, config.loss.bottleneck = 32, 32, 16
+    config.train.batch, config.train.steps, config.train.checkpoint_every, config.train.log_every = 8, 8, 2, 1
+    config.optim.warmup = 2
+    config.health.every = 4
+    return config

@@ -358,10 +358,10 @@ def test_an_oracle_is_right_and_a_constant_encoder_guesses(folder, capsys):
     assert figures["normal_angle"]["trained"]["value"] < 0.5 < 2 < figures["normal_angle"]["random"]["value"]
     assert demo_gate(result) == []
     assert result["gallery_maps"] == result["query_maps"] == 24
-    assert result["categories"] == ["made/bump", "made/dent", "made/tilt"]
+    assert result["categories"] == ["bump", "dent", "tilt"]
     print_table(result)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9 and max(map(len, lines)) <= 80
+    assert len(lines) == 10 and max(map(len, lines)) <= 80
 
 
 def test_the_gate_names_what_fails(folder):
@@ -406,9 +406,9 @@ def test_streaming_gives_what_collected_features_give(folder):
     assert result["figures"]["normal"]["trained"]["value"] == pytest.approx(float(r2[:3].mean()), rel=1e-4)
 
 
-def make_run(path, folder):
+def make_run(path, folder, splits=("train",)):
     config = PretrainConfig(
-        data=DataConfig(shards=folder, normalization=Normalization("minmax")),
+        data=DataConfig(shards=folder, splits=list(splits), normalization=Normalization("minmax")),
         crops=CropConfig(global_size=SIZE, local_size=28),
         model=MODEL,
         train=TrainConfig(seed=5),
@@ -421,8 +421,9 @@ def make_run(path, folder):
     return path
 
 
-def test_probe_of_a_run_writes_its_result(folder, tmp_path, capsys):
-    run = make_run(tmp_path / "run", folder)
+@pytest.mark.parametrize("splits", [["train"], []])
+def test_probe_of_a_run_writes_its_result(folder, tmp_path, capsys, splits):
+    run = make_run(tmp_path / "run", folder, splits)
     trained, random = load_with_twin(str(run))
     torch.manual_seed(5)
     first = DepthTransformer(MODEL, SIZE).state_dict()
@@ -433,6 +434,7 @@ def test_probe_of_a_run_writes_its_result(folder, tmp_path, capsys):
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert [path.name for path in out.parent.iterdir()] == ["probe.json"]
     assert "run, step 3" in capsys.readouterr().out
+    assert result["queries_seen_in_training"] == (0 if splits else 24)
     assert result["size"] == SIZE and result["beside"] == "run, random initialisation"
     assert probe(ProbeConfig(str(run), folder, bootstrap=20, device="cpu"))["figures"] == result["figures"]
 
@@ -467,11 +469,11 @@ def test_settings_that_cannot_work(folder, changes, kind, message):
 
 def test_data_that_cannot_work(tmp_path, folder):
     single = write_shards(tmp_path / "single", categories=("bump",))
-    with pytest.raises(DataError, match="made/bump: kNN by category needs at least two"):
+    with pytest.raises(DataError, match="'bump': kNN by category needs at least two"):
         probe_encoders(Oracle(), Constant(), ProbeConfig("-", single))
     one = write_shards(tmp_path / "a", splits=("train",), categories=("bump", "dent"))
     two = write_shards(tmp_path / "b", splits=("test",), categories=("bump", "tilt"))
-    with pytest.raises(DataError, match="made/tilt has no map in the gallery"):
+    with pytest.raises(DataError, match="'tilt' has no map in the gallery"):
         probe_encoders(Oracle(), Constant(), ProbeConfig("-", [one, two]))
     with pytest.raises(DataError, match="features of 24 maps are NaN or infinite, first of sample train_bump_0"):
         probe_encoders(Constant(math.nan), Constant(), ProbeConfig("-", folder))

@@ -508,6 +508,23 @@ def test_lzf_inverts_an_independent_compressor(content, repeats):
     assert pcd.decompress_lzf(packed, len(plain) // 2) == plain[: len(plain) // 2]
 
 
+@pytest.mark.parametrize(
+    ("packed", "reason"),
+    [
+        (b"", "end after 0 of 9"),
+        (b"\x01a", "within a literal"),
+        (b"\x00a\x20", "within a match"),
+        (b"\x00a\xe0\x01", "within a match"),
+        (b"\x00a\x20\x01", "before the data"),
+        (b"\x00a\x3f\xff", "before the data"),
+    ],
+)
+def test_lzf_refuses_broken_data(packed, reason):
+    with pytest.raises(DataError, match=reason):
+        pcd.decompress_lzf(packed, 9)
+    assert pcd.decompress_lzf(b"\x01ab\xe0\x00\x01", 9) == b"ababababa"
+
+
 def valid_files(folder_path: Path) -> dict[str, bytes]:
     points = cloud()
     write_tiff(folder_path / "a.tiff", points)

@@ -154,6 +154,13 @@ def test_every_defect_is_visible_and_its_mask_is_where_the_render_changed(defect
             assert (shot.seen.depth != sound.seen.depth)[shot.mask].mean() > 0.9
 
 
+def test_even_the_smallest_map_shows_a_scratch_on_a_thin_wire():
+    camera = Camera(32, 711.11 / 512 * 32, 16, 16)
+    for index in range(8):
+        sample, rng = Sample("coil_spring", "test", "scratch", index), generator("small", index)
+        assert shoot((0,), sample, "scratch", camera, Setup((0.08, 0.18), (20, 50)), 1.0, rng).mask.sum() >= 8
+
+
 def test_a_defect_that_cannot_be_seen_is_an_error(monkeypatch):
     monkeypatch.setattr("data_prep.synthetic.shots._changed", lambda sound, seen, pose: np.zeros_like(sound.part))
     with pytest.raises(DataError, match="no visible dent found on a hex_nut"):

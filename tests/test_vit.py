@@ -94,7 +94,7 @@ def test_resizing_positions_to_their_own_grid_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "model, size, key", [(ModelConfig(), 100, "patch_size"), (ModelConfig(heads=5), 56, "heads"), (ModelConfig(drop_path=1.0), 56, "drop_path")]
+    "model, size, key", [(ModelConfig(), 100, "patch_size"), (ModelConfig(heads=5), 56, "heads"), (ModelConfig(drop_path=1.0), 56, "drop_path"), (ModelConfig(layer_scale=0), 56, "layer_scale")]
 )
 def test_sizes_that_cannot_work_are_refused(model, size, key):
     with pytest.raises(ConfigError, match=key):

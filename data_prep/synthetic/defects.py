@@ -65,7 +65,7 @@ def cut(part: Manifold, point: np.ndarray, normal: np.ndarray, size: float, rng:
 
 def scratch(part: Manifold, point: np.ndarray, normal: np.ndarray, size: float, rng: Generator) -> Manifold:
     along, _ = tangents(normal, rng)
-    width = math.sqrt(size) * rng.uniform(0.012, 0.018)
+    width = size * rng.uniform(0.012, 0.018)
     reach = size * rng.uniform(0.12, 0.22) * along
     tip = Manifold.sphere(width, 8)
     groove = Manifold.batch_hull([tip.translate(tuple(point + end + 0.2 * width * normal)) for end in (reach, -reach)])

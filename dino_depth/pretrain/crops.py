@@ -35,7 +35,7 @@ __all__ = ["Pyramid", "check_crops", "draw_crops", "multi_crop", "resample"]
 
 GLOBAL_CROPS = 2  # the teacher sees two; the losses pair each with the other
 ATTEMPTS = 10  # draws of one crop, as many as torchvision's RandomResizedCrop makes
-LARGEST_TILE = 56  # side, in pixels of the crop, of what is sampled together
+LARGEST_TILE = 49  # side, in pixels of the crop, of what is sampled together
 PROBES = (np.arange(8) + 0.5) / 8  # along each axis of a crop, where its share of valid pixels is estimated
 
 
@@ -168,56 +168,47 @@ class Pyramid:
             size: side of the crops, pixels.
         """
         maps, crops = affines.shape[:2]
-        device = self.levels[0].device
-        span = (
-            np.linalg.norm(affines[..., :2], axis=-2) / size
-        )  # (maps, crops, 2): pixels of the map per pixel of the crop
-        wanted = np.rint(np.log2(1 + span.prod(-1) / 12)).astype(int)  # (maps, crops)
-        # Two samples a quarter of a pixel off the centre, along u and along v: (maps, crops, 2 samples, size).
-        offset = np.where(span > 1, 0.25, 0)[..., None, None] * np.array([[-1.0], [1.0]])
-        u, v = np.moveaxis((np.arange(size) + 0.5 + offset) / size, 2, 0)
-        output = torch.empty(maps, crops, size, size, device=device)
-        for index in np.unique(wanted):
-            # Maps need not have equally many crops at this level: the same number is sampled of each, some in vain.
+        area = (
+            np.abs(np.linalg.det(affines[..., :2])) / size**2
+        )  # (maps, crops): of a crop's pixel, in pixels of the map
+        wanted = np.rint(np.log2(1 + area / 12)).astype(int)
+        every = np.arange(maps)[:, None]
+        # Maps need not have equally many crops at a level: the same number is sampled of each, some for a spare slot.
+        output = torch.empty(maps, crops + 1, size, size, device=self.levels[0].device)
+        for index in range(wanted.min(), wanted.max() + 1):
             at_level = wanted == index
-            most = at_level.sum(1).max()
-            picked = np.argsort(~at_level, axis=1, kind="stable")[:, :most]  # (maps, picked)
-            rows = np.arange(maps)[:, None]
-            sampled = self._sample_level(index, affines[rows, picked], u[rows, picked], v[rows, picked])
-            map_index, slot = np.nonzero(np.take_along_axis(at_level, picked, 1))
-            output[map_index, picked[map_index, slot]] = sampled[map_index, slot]
-        return output[:, :, None]
+            picked = np.argsort(~at_level, axis=1, kind="stable")[:, : at_level.sum(1).max()]  # (maps, picked)
+            sampled = self._sample_level(index, affines[every, picked], size)
+            tiled = output.view(maps, crops + 1, *sampled.shape[2:])
+            tiled[every, np.where(at_level[every, picked], picked, crops)] = sampled
+        return output[:, :crops, None]
 
-    def _sample_level(self, index: int, affines: np.ndarray, u: np.ndarray, v: np.ndarray) -> torch.Tensor:
-        """Crops (maps, crops, size, size) from one level; u, v: (maps, crops, 2 samples, size)."""
+    def _sample_level(self, index: int, affines: np.ndarray, size: int) -> torch.Tensor:
+        """Crops (maps, crops, tiles, tile, tiles, tile) from one level, size = tiles * tile."""
         level = self.level(index)
-        maps, _, height, width = level.shape
-        crops, size = u.shape[1], u.shape[-1]
-        # From pixels of the map to grid_sample's -1 .. 1 over the level. A pixel of an odd level is centred on a corner
-        # of the level below, its first one on that level's own corner.
-        affines = affines * (2 / (2.0 ** (index // 2) * np.array([width, height])))[:, None]
-        affines[..., 2] += (index % 2) / np.array([width, height]) - 1
-        affines = affines.swapaxes(1, 2)[..., None, None]  # (maps, xy, crops, 3, 1, 1)
-        along_u = affines[..., 0, :, :] * u[:, None]  # (maps, xy, crops, 2 samples, size)
-        along_v = affines[..., 1, :, :] * v[:, None] + affines[..., 2, :, :]
+        maps, crops = affines.shape[:2]
         # Tile by tile: a turned crop's samples then lie close together in the map, and in the processor's cache.
         tile = max(side for side in range(1, LARGEST_TILE + 1) if size % side == 0)
         tile = tile if tile > 7 else size
         tiles = size // tile
-        along_u, along_v = (
-            torch.from_numpy(part.reshape(maps, 2, crops, 2, tiles, tile).swapaxes(3, 4).astype(np.float32, order="C"))
-            for part in (along_u, along_v)
-        )  # (maps, xy, crops, tiles, 2 samples, tile)
-        along_u, along_v = along_u.to(level.device), along_v.to(level.device)
+        # Two samples along u and two along v, a quarter of a pixel off the centre: (maps, crops, 1, uv, 2, size).
+        offset = np.where((affines[..., :2] ** 2).sum(-2) > size**2, 0.25, 0)[:, :, None, :, None, None]
+        places = (np.arange(size) + 0.5 + offset * np.array([[-1], [1]])) / size
+        # From pixels of the map to grid_sample's -1 .. 1 over the level. A pixel of an odd level is centred on a corner
+        # of the level below, its first one on that level's own corner.
+        extent = np.array([level.shape[3], level.shape[2]])
+        scale = 2 / (2.0 ** (index // 2) * extent)
+        along = (affines[..., :2] * scale[:, None])[..., None, None] * places  # (maps, crops, xy, uv, 2, size)
+        along[:, :, :, 1] += (affines[..., 2] * scale + (index % 2) / extent - 1)[..., None, None]
+        along = along.reshape(maps, crops, 2, 2, 2, tiles, tile).transpose(3, 0, 2, 1, 5, 4, 6)
+        along = torch.from_numpy(along.astype(np.float32, order="C")).to(level.device)
+        along_u, along_v = along  # (maps, xy, crops, tiles, 2 samples, tile)
         grid = along_v[:, :, :, :, None, :, None, :, None] + along_u[:, :, :, None, :, None, :, None, :]
         grid = grid.view(maps, 2, -1, tile).permute(0, 2, 3, 1)
         sampled = F.grid_sample(level, grid, align_corners=False)
-        sampled = sampled.view(maps, 2, crops, tiles, tiles, 4, tile, tile).sum(5)
-        total, weight = sampled.unbind(1)
+        total, weight = sampled.view(maps, 2, crops, tiles, tiles, 4, tile, tile).sum(5).unbind(1)
         half = 2 * 4 ** ((index + 1) // 2)
-        kept = (weight > half).view(torch.uint8).float()  # a product, for speed: masked writes are not vectorised
-        total = total / weight.clamp_(min=1e-6) * kept
-        return total.transpose(3, 4).reshape(maps, crops, size, size)
+        return (total / F.threshold(weight, half, math.inf)).transpose(3, 4)
 
 
 def resample(values: torch.Tensor, valid: torch.Tensor, affines: np.ndarray, size: int) -> torch.Tensor:

@@ -151,16 +151,18 @@ def license_text(license: str) -> str:
     """
     if license != "apache-2.0":
         return f"These weights are released under the licence with the Hugging Face Hub identifier {license!r}.\n"
-    beside = Path(__file__).resolve().parents[2] / "LICENSE"
-    if beside.is_file():
-        return beside.read_text(encoding="utf-8")
     try:
         installed = importlib.metadata.distribution("dino-depth")
+        text = installed.read_text("licenses/LICENSE") or installed.read_text("LICENSE")
     except importlib.metadata.PackageNotFoundError:
-        installed = None
-    text = installed and (installed.read_text("licenses/LICENSE") or installed.read_text("LICENSE"))
+        text = None
+    checkout = Path(__file__).resolve().parents[2]
+    if not text and (checkout / "setup.cfg").is_file() and (checkout / "LICENSE").is_file():
+        text = (checkout / "LICENSE").read_text(encoding="utf-8")
     if not text:
-        raise ReportedError(f"{beside}: missing, and so is the licence of the installed package; reinstall dino-depth")
+        raise ReportedError(
+            "this installation of dino-depth lacks its LICENSE file, which an export carries; reinstall it"
+        )
     return text
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_depth.config import PretrainConfig, load_config
 from dino_depth.encoder import Encoder
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.pretrain.checkpoint import load_encoder_or_run, load_run_encoder
@@ -34,8 +35,8 @@ from dino_depth.resample import fit_square
 from dino_depth.vit import DepthTransformer
 
 __all__ = [
-    "ProbeConfig", "collect_features", "demo_gate", "load_with_twin", "pca_colours", "print_table", "probe",
-    "probe_encoders",
+    "ProbeConfig", "choose_maps", "collect_features", "demo_gate", "load_with_twin", "pca_colours", "print_table",
+    "probe", "probe_encoders",
 ]  # fmt: skip
 
 PIXEL_GRID = 16  # the raw-pixel baseline's kNN vector is the input averaged to 16 x 16
@@ -124,8 +125,13 @@ def _finite(features: tuple[Tensor, Tensor], name: str, shards: DepthShards, ind
     return features
 
 
-def _choose(shards: DepthShards, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the gallery and of the query maps."""
+def choose_maps(shards: DepthShards, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the gallery and of the query maps.
+
+    Raises:
+        ConfigError: a split does not exist or is on both sides.
+        DataError: a side has fewer than two maps.
+    """
     splits = np.array([entry.meta["split"] for entry in shards.entries])
     found, where = sorted(set(splits)), ", ".join(map(str, shards.folders))
     if len(found) == 1:
@@ -149,14 +155,13 @@ def _choose(shards: DepthShards, config: ProbeConfig) -> tuple[np.ndarray, np.nd
 
 
 def _labels(shards: DepthShards, gallery: np.ndarray, queries: np.ndarray) -> tuple[list[str], Tensor, Tensor]:
-    """Categories (dataset/category) and the class numbers of gallery and query maps."""
-    metas = [shards.entries[index].meta for index in (*gallery, *queries)]
-    names = [f"{meta['dataset']}/{meta['category']}" for meta in metas]
+    """Categories, and the class numbers of gallery and query maps; a category may come from several datasets."""
+    names = [shards.entries[index].meta["category"] for index in (*gallery, *queries)]
     known, asked = set(names[: len(gallery)]), set(names[len(gallery) :])
     if missing := sorted(asked - known):
-        raise DataError(f"query category {missing[0]} has no map in the gallery ({len(missing)} such categories)")
+        raise DataError(f"query category {missing[0]!r} has no map in the gallery ({len(missing)} such categories)")
     if len(known) < 2:
-        raise DataError(f"all maps are of category {names[0]}: kNN by category needs at least two")
+        raise DataError(f"all maps are of category {names[0]!r}: kNN by category needs at least two")
     categories = sorted(known)
     numbers = torch.tensor([categories.index(name) for name in names])
     return categories, numbers[: len(gallery)], numbers[len(gallery) :]
@@ -190,7 +195,7 @@ def probe_encoders(trained: Encoder, random: Encoder, config: ProbeConfig) -> di
     start = time.monotonic()
     size, device = config.size or trained.size, next(trained.parameters()).device
     shards = DepthShards(config.shards, [])
-    gallery, queries = _choose(shards, config)
+    gallery, queries = choose_maps(shards, config)
     categories, gallery_labels, query_labels = _labels(shards, gallery, queries)
     encoders = _encoders(trained, random, shards)
     vectors = {source: ([], []) for source in encoders}
@@ -241,11 +246,27 @@ def probe_encoders(trained: Encoder, random: Encoder, config: ProbeConfig) -> di
         "query_maps": len(queries),
         "categories": categories,
         "chance": 1 / len(categories),
+        "queries_seen_in_training": _seen(Path(config.encoder), shards, queries),
         "patches": {"gallery": moments["trained"][0].count + moments["trained"][1].count, "query": usable_patches},
         "figures": bootstrap(rows, config.bootstrap, config.seed),
         "config": asdict(config),
         "seconds": time.monotonic() - start,
     }
+
+
+def _seen(run: Path, shards: DepthShards, queries: np.ndarray) -> int | None:
+    """How many query maps the run trained on; None if the encoder is no run folder, which does not tell."""
+    if not (run / "config.yaml").is_file():
+        return None
+    data = load_config(PretrainConfig, run / "config.yaml").data
+    folders = [data.shards] if isinstance(data.shards, str) else data.shards
+    trained = {Path(folder).resolve() for folder in folders}
+    entries = [shards.entries[index] for index in queries]
+    return sum(
+        shards.paths[entry.shard].parent.resolve() in trained
+        and (not data.splits or entry.meta["split"] in data.splits)
+        for entry in entries
+    )
 
 
 def load_with_twin(source: str, seed: int = 0) -> tuple[Encoder, Encoder]:
@@ -294,8 +315,11 @@ def probe(config: ProbeConfig) -> dict:
 
 def print_table(result: dict):
     """The figures of a probe on at most 80 columns: trained with its interval, beside random and raw pixels."""
-    print(f"{result['encoder']}: {result['query_maps']} unseen maps against {result['gallery_maps']}")
-    print(f"{len(result['categories'])} categories, chance {result['chance']:.3f}, input {result['size']} px")
+    seen = result["queries_seen_in_training"]
+    seen = "" if seen is None else f" ({seen or 'none'} of them seen in training)"
+    print(f"{result['encoder']}, input {result['size']} px")
+    print(f"{result['query_maps']} query maps{seen}; {result['gallery_maps']} gallery maps")
+    print(f"{len(result['categories'])} categories, chance {result['chance']:.3f}")
     print(f"{'':18}{'trained':>7} {'95 %':>14}{'random':>8}{'pixels':>8}  {'trained - random, 95 %':>22}")
     for name, title in FIGURES.items():
         row = result["figures"][name]

@@ -29,13 +29,17 @@ PACKAGES = ("torch", "timm", "numpy", "pillow", "transformers", "safetensors", "
 
 
 def git_revision() -> str:
-    """The commit of the checkout this package runs from, or "unknown"."""
+    """The commit of the checkout this package runs from, or "unknown" (installed, perhaps inside another checkout)."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.strip()
 
 
 def _flat(mapping: dict, prefix: str = "") -> dict:
@@ -67,6 +71,7 @@ class RunFolder:
             self._check_unchanged(config, shards)
         elif not config.resume and self.path.exists() and any(self.path.iterdir()):
             raise ConfigError(f"--out {self.path}: folder is not empty; use --resume to continue the run in it")
+        distributed.barrier()  # every rank has looked at the folder before one of them writes to it
         self.log = logging.getLogger("dino_depth")
         self._metrics = self._events = None
         if not self.writes:

@@ -16,7 +16,7 @@ from dino_depth.config import PretrainConfig
 from dino_depth.depth import normalize
 from dino_depth.errors import ConfigError, Interrupted, ReportedError
 from dino_depth.pretrain import checkpoint
-from dino_depth.pretrain.crops import multi_crop
+from dino_depth.pretrain.crops import check_crops, multi_crop
 from dino_depth.pretrain.health import CollapseGate, measure
 from dino_depth.pretrain.masks import draw_masks
 from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
@@ -142,6 +142,7 @@ def _check(config: PretrainConfig, shards: DepthShards, device: torch.device):
         raise ConfigError("KoLeo needs at least 2 maps per pass and process: raise train.batch or lower accumulate")
     if len(shards) < train.batch:
         raise ConfigError(f"{config.data.shards}: {len(shards)} samples are too few for train.batch {train.batch}")
+    check_crops(config.crops)
     for name in ("global_size", "local_size"):
         if getattr(config.crops, name) % config.model.patch_size:
             raise ConfigError(f"crops.{name} must be a multiple of model.patch_size {config.model.patch_size}")
@@ -305,7 +306,8 @@ def _loop(config, device, shards, student, teacher, optimizer, gate, run, first,
             if health:
                 gate.check(health, done)
             stopping = stopping and done < train.steps
-            if done % train.checkpoint_every == 0 or done == train.steps or stopping:
+            # While losses are not finite, older checkpoints are the better ones to keep.
+            if (done % train.checkpoint_every == 0 and not bad) or done == train.steps or stopping:
                 save(done)
             if run.writes:
                 progress.advance(1, f"loss {float(sums['loss']):.3f}")

@@ -1,0 +1,67 @@
+"""Imports point one way, files stay small, and the loop stays readable."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [path for folder in ("dino_depth", "data_prep") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of this project that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] in ("dino_depth", "data_prep")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    place = str(path.relative_to(ROOT))
+    found = imported(path)
+    if place.startswith("data_prep/"):
+        allowed = ("depth", "config", "errors", "progress")
+        wrong = {n for n in found if n.startswith("dino_depth.") and n.split(".")[1] not in allowed}
+    elif place in ("dino_depth/cli.py", "dino_depth/demo.py"):
+        wrong = set()
+    elif place.startswith("dino_depth/pretrain/"):
+        upward = ("data_prep", "dino_depth.cli", "dino_depth.demo", "dino_depth.anomaly")
+        wrong = {n for n in found if n.startswith(upward)}
+    else:
+        upward = ("data_prep", "dino_depth.cli", "dino_depth.demo", "dino_depth.anomaly", "dino_depth.pretrain")
+        wrong = {n for n in found if n.startswith(upward)}
+    assert wrong == set()
+
+
+def test_data_preparation_never_loads_torch():
+    for path in SOURCES:
+        if path.is_relative_to(ROOT / "data_prep"):
+            assert not re.search(r"^\s*(import|from) (torch|timm|transformers)\b", path.read_text(), re.M), path
+
+
+def test_the_loop_stays_readable():
+    assert len((ROOT / "dino_depth/pretrain/train.py").read_text().splitlines()) < 330
+    tree = ast.parse((ROOT / "dino_depth/pretrain/train.py").read_text())
+    lengths = {node.name: node.end_lineno - node.lineno for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert max(lengths.values()) < 120, max(lengths, key=lengths.get)
+
+
+def test_no_photometric_operation_exists():
+    words = r"jitter|brightness|contrast|saturation|solarize|posterize|GaussianBlur|grayscale\("
+    for path in (ROOT / "dino_depth" / "pretrain").rglob("*.py"):
+        assert not re.search(words, path.read_text(), re.I), path
+
+
+def test_nothing_is_unpickled_or_executed():
+    for path in SOURCES:
+        text = path.read_text()
+        assert not re.search(r"\bpickle\b|yaml\.load\(|\beval\(|\bexec\(|trust_remote_code=True", text), path
+        for call in re.findall(r"(?:torch|np|numpy)\.load\([^)]*\)", text):
+            assert "weights_only=True" in call or "allow_pickle=False" in call, (path, call)
