@@ -84,13 +84,14 @@ def load_peer(path: Path) -> dict:
 
 
 def time_interleaved(variants: dict, runs: int) -> dict[str, float]:
-    """Median milliseconds of processor time of each function over ``runs`` rounds, one thread."""
+    """Median milliseconds of processor time of each function over ``runs`` rounds, each round after one more call."""
     times = {name: [] for name in variants}
-    for turn in range(runs + 2):
+    for turn in range(runs + 1):
         for name, function in variants.items():
+            function()  # brings the caches and the allocator into the state of a loop over this function
             start = time.process_time()
             function()
-            if turn >= 2:  # the first rounds warm caches and the allocator up
+            if turn:  # the first round warms up
                 times[name].append((time.process_time() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 

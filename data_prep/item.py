@@ -9,8 +9,10 @@ from typing import Any
 
 from dino_depth.errors import DataError
 
-__all__ = ["DepthItem", "relative_source", "sample_keys", "subfolders", "unexpected_layout"]
+__all__ = ["SYNTHETIC", "DepthItem", "relative_source", "sample_keys", "subfolders", "unexpected_layout"]
 
+# Lies at the root of a rendered tree and says so; real datasets have no such file.
+SYNTHETIC = "SYNTHETIC.json"
 # A ustar header holds 155 characters of folders and 100 of a name with its suffix.
 LONGEST_NAME = 70
 

@@ -22,7 +22,7 @@ from types import ModuleType
 
 import data_prep
 from data_prep.folder import FolderOptions
-from data_prep.item import DepthItem, sample_keys
+from data_prep.item import SYNTHETIC, DepthItem, sample_keys
 from data_prep.manifest import (
     FORMAT,
     MANIFEST,
@@ -117,7 +117,7 @@ def prepare(config: PrepareConfig) -> dict:
             return manifest
         continue_or_begin(out, plan)
         rows = _write_shards(config, out, items, keys)
-        manifest = _manifest(reader, plan, listing, items, rows)
+        manifest = _manifest(reader, plan, listing, items, rows) | _origin(root)
         write_json(out / MANIFEST, manifest, out / PROGRESS)
     print(_summary(manifest))
     print(f"{_total(manifest)} in {out}")
@@ -306,6 +306,15 @@ def _manifest(reader: ModuleType, plan: dict, listing: dict, items: list[DepthIt
         "shards": shards,
         "dropped": dropped,
     }  # fmt: skip
+
+
+def _origin(root: Path) -> dict:
+    """What a rendered tree says of itself: its licence is not that of the dataset whose layout it has."""
+    for folder in (root, root.parent):
+        if (folder / SYNTHETIC).is_file():
+            stated = json.loads((folder / SYNTHETIC).read_text(encoding="utf-8"))
+            return {"licence": str(stated["licence"]), "synthetic": True}
+    return {"synthetic": False}
 
 
 def _total(manifest: dict) -> str:

@@ -1,4 +1,6 @@
 import numpy as np
+
+
 def fit_square(values, valid, size):
     from dino_depth.pretrain.crops import resample
     height, width = values.shape

@@ -70,25 +70,43 @@ class DepthTransformer(VisionTransformer):
             patches = torch.where(masks, self.mask_token.to(patches.dtype), patches)
         return self._pos_embed(patches)
 
-    def forward_packed(self, crops: list[Tensor], masks: list[Tensor | None], drop_path: float = 0.0) -> list[Tensor]:
+    def forward_packed(
+        self,
+        crops: list[Tensor],
+        masks: list[Tensor | None],
+        drop_path: float = 0.0,
+        needed: Tensor | None = None,
+    ) -> list[Tensor] | Tensor:
         """Normalised tokens of several sets of crops in one pass.
 
         Args:
             crops: each (batch_i, 1, side_i, side_i).
             masks: for each, (batch_i, patches_i) bool or None.
             drop_path: share of each set's sequences that skip a residual branch.
+            needed: (rows,) of the pack that the caller reads. The last block's MLP, a twentieth of the work, then
+                leaves out the others.
 
         Returns:
-            for each, (batch_i, 1 + patches_i, dim).
+            for each set, (batch_i, 1 + patches_i, dim); with ``needed``, (rows, dim).
         """
         tokens = [self.embed(images, mask) for images, mask in zip(crops, masks, strict=True)]
-        groups = [part.shape[:2] for part in tokens]
+        groups = [(part.shape[0], part.shape[1]) for part in tokens]
         packed = torch.cat([part.flatten(0, 1) for part in tokens])  # (tokens, dim)
         for block in self.blocks:
             packed = _residual(packed, groups, drop_path, lambda x, g, b=block: b.ls1(_attend(b, x, g, self.config)))
+            if needed is not None and block is self.blocks[-1]:
+                break
             packed = _residual(packed, groups, drop_path, lambda x, g, b=block: b.ls2(b.mlp(b.norm2(x))))
-        parts = self.norm(packed).split([count * length for count, length in groups])
-        return [part.view(*group, -1) for part, group in zip(parts, groups, strict=True)]
+        if needed is None:
+            parts = self.norm(packed).split([count * length for count, length in groups])
+            return [part.view(*group, -1) for part, group in zip(parts, groups, strict=True)]
+        packed = packed.index_select(0, needed)
+        update = block.ls2(block.mlp(block.norm2(packed)))
+        if drop_path:
+            kept = torch.zeros(sum(count * length for count, length in groups), 1, device=packed.device)
+            rows, scales, _ = _draw_rows(groups, drop_path, packed)
+            update = update * kept.index_copy_(0, rows, scales).index_select(0, needed)
+        return self.norm(packed + update)
 
 
 def _attend(block: nn.Module, tokens: Tensor, groups: Groups, config: ModelConfig) -> Tensor:
@@ -97,25 +115,29 @@ def _attend(block: nn.Module, tokens: Tensor, groups: Groups, config: ModelConfi
 
 
 def _residual(tokens: Tensor, groups: Groups, drop_path: float, branch) -> Tensor:
-    """``tokens + branch(tokens)`` in which a random share of each group's sequences skips the branch (and its cost).
-
-    The kept ones are scaled by total / kept, so that the expectation is that of the full branch
-    (stochastic depth, Huang et al. 2016, on samples as in DINOv2).
-    """
+    """``tokens + branch(tokens)`` in which a random share of each group's sequences skips the branch (and its cost)."""
     if drop_path == 0:
         return tokens + branch(tokens, groups)
+    rows, scales, kept_groups = _draw_rows(groups, drop_path, tokens)
+    update = branch(tokens.index_select(0, rows), kept_groups) * scales
+    return tokens.index_add(0, rows, update.to(tokens.dtype))
+
+
+def _draw_rows(groups: Groups, drop_path: float, like: Tensor) -> tuple[Tensor, Tensor, Groups]:
+    """Rows of the sequences that keep a branch, their scales (rows, 1) and their groups.
+
+    The scale, total / kept, makes the expectation that of the full branch (stochastic depth, Huang et al. 2016, on
+    samples as in DINOv2).
+    """
     rows, scales, kept_groups, start = [], [], [], 0
     for count, length in groups:
         kept = max(1, int(count * (1 - drop_path)))
-        chosen = torch.randperm(count, device=tokens.device)[:kept].sort().values
-        offsets = torch.arange(length, device=tokens.device)
-        rows.append((start + chosen[:, None] * length + offsets).flatten())
-        scales.append(tokens.new_full((kept * length, 1), count / kept))
+        chosen = torch.randperm(count, device=like.device)[:kept].sort().values
+        rows.append((start + chosen[:, None] * length + torch.arange(length, device=like.device)).flatten())
+        scales.append(like.new_full((kept * length, 1), count / kept))
         kept_groups.append((kept, length))
         start += count * length
-    index = torch.cat(rows)
-    update = branch(tokens[index], kept_groups) * torch.cat(scales)
-    return tokens.index_add(0, index, update.to(tokens.dtype))
+    return torch.cat(rows), torch.cat(scales), kept_groups
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, backend: str = "grouped") -> Tensor:
@@ -131,14 +153,17 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, 
         (tokens, heads, head_dim).
     """
     if backend == "grouped":
+        # On CPUs the bfloat16 kernel's backward pass takes two to five times as long as the float32 one's.
+        dtype = torch.float32 if query.device.type == "cpu" else query.dtype
         parts, start = [], 0
-        for count, length in groups:
-            rows = slice(start, start + count * length)
-            shape = (count, length, *query.shape[1:])
-            # (sequences, heads, length, head_dim)
-            q, k, v = (part[rows].view(shape).transpose(1, 2) for part in (query, key, value))
-            parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-            start = rows.stop
+        with torch.autocast(query.device.type, enabled=False):
+            for count, length in groups:
+                rows = slice(start, start + count * length)
+                shape = (count, length, *query.shape[1:])
+                # (sequences, heads, length, head_dim)
+                q, k, v = (part[rows].view(shape).transpose(1, 2).to(dtype) for part in (query, key, value))
+                parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1).to(query.dtype))
+                start = rows.stop
         return torch.cat(parts)
     lengths = [length for count, length in groups for _ in range(count)]
     if backend == "varlen":

@@ -46,7 +46,8 @@ def test_sinkhorn_survives_extreme_logits():
 
 def cross_entropy_by_the_book(features, prototypes, targets, index, weights, temperature):
     logits = features @ prototypes.T / temperature
-    return sum(w * -(targets[i] * F.log_softmax(row, -1)).sum() for row, i, w in zip(logits, index, weights, strict=True))
+    terms = zip(logits, index, weights, strict=True)
+    return sum(weight * -(targets[i] * F.log_softmax(row, -1)).sum() for row, i, weight in terms)
 
 
 def random_problem(rows=37, width=8, prototypes=50, targets=5):
@@ -174,6 +175,6 @@ def test_every_student_parameter_learns():
     student, teacher = Networks(config), Networks(config)
     loss = student_losses(student, batch, teacher_targets(teacher, batch, 0.05, 3), config)["loss"]
     loss.backward()
-    silent = [name for name, parameter in student.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    silent = [name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
     assert isinstance(teacher_targets(teacher, batch, 0.05, 3), Targets)

@@ -4,15 +4,17 @@ import io
 import json
 import math
 import tarfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dino_depth.config import CropConfig, DataConfig, ModelConfig, PretrainConfig, TrainConfig, save_config
 from dino_depth.depth import DepthMap, Normalization, encode_png
-from dino_depth.encoder import Encoder
+from dino_depth.encoder import ARCHITECTURE, Encoder, to_transformers
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.pretrain import checkpoint, readout
 from dino_depth.pretrain.probe import (
@@ -47,8 +49,8 @@ def relief(category: str, random: np.random.Generator, side: int = 64) -> DepthM
     return DepthMap(depth, valid)
 
 
-def write_shards(folder, splits=("train", "test"), categories=CATEGORIES, maps=8, seed=0, broken=()):
-    """A shard folder as prep leaves it: one tar and its manifest. Samples named in ``broken`` are all missing."""
+def write_shards(folder, splits=("train", "test"), categories=CATEGORIES, maps=8, seed=0, relief=relief):
+    """A shard folder as prep leaves it: one tar and its manifest."""
     random = np.random.default_rng(seed)
     folder.mkdir()
     path = folder / "shard-000000.tar"
@@ -439,6 +441,21 @@ def test_probe_of_a_run_writes_its_result(folder, tmp_path, capsys, splits):
     assert probe(ProbeConfig(str(run), folder, bootstrap=20, device="cpu"))["figures"] == result["figures"]
 
 
+def test_an_export_is_probed_beside_a_new_network(tmp_path):
+    torch.manual_seed(3)
+    weights = DepthTransformer(MODEL, SIZE).state_dict()
+    config = ARCHITECTURE | {"patch_size": 14, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"layerscale_value": 1.0, "image_size": SIZE}
+    config["dino_depth"] = {"step": 7, "normalization": asdict(Normalization("minmax"))}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(to_transformers(weights, 2), tmp_path / "model.safetensors")
+    trained, twin = load_with_twin(str(tmp_path), 4, 28)
+    assert all(torch.equal(value, weights[key]) for key, value in trained.backbone.state_dict().items())
+    assert twin.backbone.pos_embed.shape == (1, 5, 32) and twin.normalization == trained.normalization
+    again, other = (load_with_twin(str(tmp_path), seed, 28)[1].backbone.pos_embed for seed in (4, 5))
+    assert torch.equal(twin.backbone.pos_embed, again) and not torch.equal(again, other)
+
+
 def test_a_single_split_is_divided_by_key(tmp_path):
     folder = write_shards(tmp_path / "one", splits=("test",), maps=12)
     result = probe_encoders(Oracle(), Constant(), ProbeConfig("-", folder, bootstrap=10))
@@ -475,6 +492,12 @@ def test_data_that_cannot_work(tmp_path, folder):
     two = write_shards(tmp_path / "b", splits=("test",), categories=("bump", "tilt"))
     with pytest.raises(DataError, match="'tilt' has no map in the gallery"):
         probe_encoders(Oracle(), Constant(), ProbeConfig("-", [one, two]))
+    holes = write_shards(tmp_path / "holes", relief=lambda *_: DepthMap.from_values(np.eye(64) + 0.0))
+    with pytest.raises(DataError, match="no patch of the gallery maps has enough valid depth"):
+        probe_encoders(encoder(), encoder(), ProbeConfig("-", holes))
+    flat = write_shards(tmp_path / "flat", relief=lambda *_: DepthMap.from_values(np.ones((64, 64))))
+    with pytest.raises(DataError, match="R2 normal, mean is undefined"):
+        probe_encoders(encoder(), encoder(), ProbeConfig("-", flat, bootstrap=5))
     with pytest.raises(DataError, match="features of 24 maps are NaN or infinite, first of sample train_bump_0"):
         probe_encoders(Constant(math.nan), Constant(), ProbeConfig("-", folder))
 

@@ -186,7 +186,7 @@ def test_sensor_noise_grows_with_distance_and_edges_are_missing():
 
 
 def test_mvtec3d_tree(mvtec3d):
-    assert sorted(path.name for path in mvtec3d.iterdir()) == ["circlip", "hex_nut"]
+    assert sorted(path.name for path in mvtec3d.iterdir()) == ["SYNTHETIC.json", "circlip", "hex_nut"]
     root = mvtec3d / "hex_nut"
     assert sorted(path.name for path in (root / "train" / "good" / "xyz").iterdir()) == ["000.tiff", "001.tiff"]
     assert sorted(path.name for path in (root / "validation" / "good" / "rgb").iterdir()) == ["000.png"]
@@ -241,7 +241,7 @@ def test_eyecandies_tree(eyecandies):
     public = lights | {"depth.png", "info_depth.yaml", "normals.png", "pose.txt"}
     masks = {"mask.png", "bumps_mask.png", "dents_mask.png", "colors_mask.png", "normals_mask.png"}
     everything = public | masks | {"obj_params.yaml", "metadata.yaml"}
-    assert sorted(path.name for path in eyecandies.iterdir()) == ["HeatSink", "SpurGear"]
+    assert sorted(path.name for path in eyecandies.iterdir()) == ["HeatSink", "SYNTHETIC.json", "SpurGear"]
     widths = {"train": 3, "val": 2, "test_public": 2, "test_private": 3}
     for split, count in {"train": 2, "val": 1, "test_public": 8, "test_private": 8}.items():
         items = {}

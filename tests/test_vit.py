@@ -20,6 +20,15 @@ def test_packed_crops_equal_separate_ones():
     assert torch.allclose(packed[1], model.forward_features(little), atol=1e-5)
 
 
+def test_needed_rows_are_those_of_the_whole_pass():
+    model, crops = small(), [torch.randn(3, 1, 56, 56), torch.randn(5, 1, 28, 28)]
+    whole = torch.cat([part.flatten(0, 1) for part in model.forward_packed(crops, [None, None])])
+    needed = torch.tensor([0, 17, 18, 50, 51, 75])
+    assert torch.allclose(model.forward_packed(crops, [None, None], needed=needed), whole[needed], atol=1e-5)
+    dropped = torch.stack([model.forward_packed(crops, [None, None], 0.5, needed) for _ in range(2)])
+    assert torch.isfinite(dropped).all() and not torch.allclose(dropped[0], dropped[1])
+
+
 def test_gradients_of_packed_crops_equal_separate_ones():
     model = small()
     crops = [torch.randn(2, 1, 56, 56), torch.randn(3, 1, 28, 28)]
@@ -94,7 +103,13 @@ def test_resizing_positions_to_their_own_grid_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "model, size, key", [(ModelConfig(), 100, "patch_size"), (ModelConfig(heads=5), 56, "heads"), (ModelConfig(drop_path=1.0), 56, "drop_path"), (ModelConfig(layer_scale=0), 56, "layer_scale")]
+    "model, size, key",
+    [
+        (ModelConfig(), 100, "patch_size"),
+        (ModelConfig(heads=5), 56, "heads"),
+        (ModelConfig(drop_path=1.0), 56, "drop_path"),
+        (ModelConfig(layer_scale=0), 56, "layer_scale"),
+    ],
 )
 def test_sizes_that_cannot_work_are_refused(model, size, key):
     with pytest.raises(ConfigError, match=key):

@@ -6,6 +6,7 @@ number of processes, and a sample not on how many others there are.
 
 import difflib
 import importlib
+import json
 import math
 import os
 import pkgutil
@@ -16,6 +17,7 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
+from data_prep.item import SYNTHETIC
 from data_prep.synthetic import layouts
 from data_prep.synthetic.parts import CATEGORIES
 from data_prep.synthetic.shots import Counts, Sample
@@ -71,6 +73,8 @@ def synth(config: SynthConfig) -> None:
         raise ConfigError(f"out: {root} is not an empty folder; name a new one or remove it first")
     for category in categories:
         layout.prepare(root, category, config.size, config.seed)
+    # The tree looks like the real dataset; this file is how prep and every model card know that it is not.
+    (root / SYNTHETIC).write_text(json.dumps({"licence": "Apache-2.0", "layout": config.layout, "seed": config.seed}))
     samples = [sample for category in categories for sample in layout.samples(category, counts)]
     with Progress(f"synth {config.layout}", len(samples), "samples") as progress:
         for done in _run(config, root, samples):

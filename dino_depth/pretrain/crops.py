@@ -10,16 +10,16 @@ over the pixel's footprint with the same non-negative weights; their ratio is th
 more than half valid, else the pixel is missing (0). A hole therefore never enters a value, and depth never fills one.
 
 The footprint. The ideal one is the pixel's parallelogram in the map, over the bilinear interpolation of the map. Here
-it is 2 x 2 bilinear samples at the centres of the parallelogram's quarters, read from the level of a half-octave
-pyramid that gives the weights the variance of the ideal ones. Along an axis where a pixel spans s pixels of the map
+it is three bilinear samples at the corners of a triangle, read from the level of a half-octave pyramid that gives the
+weights the variance of the ideal ones. Along an axis where a crop's pixel spans s pixels of the map that is
 
-    ideal       s^2 / 12 + 1/6                  a box of width s, and bilinear interpolation (a tent) between pixels
-    samples     s^2 / 16                        two, half a footprint apart
-    level l     2^l / 4 - 1/12                  its boxes, and the tent between its pixels
+    ideal       s^2 / 12 + 1 / 6       a box of width s, and bilinear interpolation (a tent) between pixels
+    samples     s^2 / 16               the triangle's
+    level l     2^l / 4 - 1 / 12       its boxes, and the tent between its pixels
 
 which agree for 2^l = 1 + s^2 / 12. Even levels halve the map l / 2 times by boxes of 2 x 2, odd levels are the mean of
-every 2 x 2 neighbours of the level below, not thinned out. An axis that is not shrunk (s <= 1) is sampled once, so a
-map cropped whole at its own size comes back unchanged.
+every 2 x 2 neighbours of the level below, not thinned out. A crop that shrinks neither axis is sampled once per pixel,
+so that a map cropped whole at its own size comes back unchanged.
 """
 
 import math
@@ -35,8 +35,13 @@ __all__ = ["Pyramid", "check_crops", "draw_crops", "multi_crop", "resample"]
 
 GLOBAL_CROPS = 2  # the teacher sees two; the losses pair each with the other
 ATTEMPTS = 10  # draws of one crop, as many as torchvision's RandomResizedCrop makes
+# Where a pixel is sampled, from its centre in pixels: (uv, 3 samples), with a covariance of 1 / 16 times the identity.
+TRIANGLE = np.array([[0, -math.sqrt(6), math.sqrt(6)], [math.sqrt(8), -math.sqrt(2), -math.sqrt(2)]]) / 8
+ROUNDING = 0.6  # of the level, rather up than down: a little blur is better than aliasing
+UNSHRUNK = -1  # instead of a level: level 0, sampled once
 LARGEST_TILE = 49  # side, in pixels of the crop, of what is sampled together
-PROBES = (np.arange(8) + 0.5) / 8  # along each axis of a crop, where its share of valid pixels is estimated
+# Where in its unit square a crop's share of valid pixels is estimated: (u, v, 1) of 8 x 8 positions.
+PROBES = np.stack([*(np.indices((8, 8)).reshape(2, -1)[::-1] + 0.5) / 8, np.ones(64)])
 
 
 def check_crops(config: CropConfig):
@@ -89,18 +94,17 @@ def draw_crops(valid: np.ndarray, config: CropConfig, seed: int, position: int) 
     along_u = np.where(horizontal < config.horizontal_flip, -box_width, box_width)
     along_v = np.where(vertical < config.vertical_flip, -box_height, box_height)
     affines = np.empty((ATTEMPTS, crops, 2, 3))
-    affines[..., 0] = np.stack([cosine * along_u, sine * along_u], -1)
-    affines[..., 1] = np.stack([-sine * along_v, cosine * along_v], -1)
-    centre = np.stack([box_width / 2 + x * (width - box_width), box_height / 2 + y * (height - box_height)], -1)
-    affines[..., 2] = centre - affines[..., :2].mean(-1)  # the middle of the unit square goes to the box's centre
+    affines[..., 0, 0], affines[..., 0, 1] = cosine * along_u, -sine * along_v
+    affines[..., 1, 0], affines[..., 1, 1] = sine * along_u, cosine * along_v
+    # The middle of the unit square goes to the box's centre.
+    affines[..., 0, 2] = box_width / 2 + x * (width - box_width) - affines[..., 0, :2].sum(-1) / 2
+    affines[..., 1, 2] = box_height / 2 + y * (height - box_height) - affines[..., 1, :2].sum(-1) / 2
 
-    chosen = affines[0].copy()
-    best = np.full(crops, -np.inf)
-    open_crops = np.arange(crops)
-    for attempt in range(ATTEMPTS):
-        share = np.where(fits[attempt, open_crops], _valid_share(valid, affines[attempt, open_crops]), -1)
-        better = share > best[open_crops]
-        chosen[open_crops[better]] = affines[attempt, open_crops[better]]
+    chosen, best, open_crops = affines[0], np.full(crops, -2.0), np.arange(crops)
+    for candidates, fit in zip(affines, fits, strict=True):
+        share = np.where(fit[open_crops], _valid_share(valid, candidates[open_crops]), -1)
+        better = open_crops[share > best[open_crops]]
+        chosen[better] = candidates[better]
         best[open_crops] = np.maximum(best[open_crops], share)
         open_crops = open_crops[share < config.minimum_valid]
         if not len(open_crops):
@@ -111,11 +115,10 @@ def draw_crops(valid: np.ndarray, config: CropConfig, seed: int, position: int) 
 def _valid_share(valid: np.ndarray, affines: np.ndarray) -> np.ndarray:
     """The share (crops,) of valid pixels in each crop (crops, 2, 3), estimated at 8 x 8 positions."""
     height, width = valid.shape
-    along_u = affines[:, :, 0, None, None] * PROBES
-    along_v = affines[:, :, 1, None, None] * PROBES[:, None]
-    x, y = np.floor(along_u + along_v + affines[:, :, 2, None, None]).astype(np.int64).swapaxes(0, 1)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)  # (crops, 8, 8)
-    return (inside & valid[y.clip(0, height - 1), x.clip(0, width - 1)]).mean((1, 2))
+    x, y = (affines.reshape(-1, 3) @ PROBES).reshape(-1, 2, PROBES.shape[1]).swapaxes(0, 1)  # each (crops, 64)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    place = np.where(inside, y.astype(np.int64) * width + x.astype(np.int64), 0)
+    return (valid.reshape(-1)[place] & inside).mean(1)
 
 
 class Pyramid:
@@ -149,11 +152,10 @@ class Pyramid:
         while len(self.levels) <= index:
             below, count = self.levels[-1], self.counts[-1]
             if len(self.levels) % 2:
+                maps, height, width = count.shape
                 count = count.int() if len(self.levels) > 6 else count
-                self.counts.append(
-                    _neighbour_sums(count, count.new_empty(len(count), *(n + 1 for n in count.shape[1:])))
-                )
-                self.levels.append(self._pair(*self.counts[-1].shape[1:]))
+                self.counts.append(_neighbour_sums(count, count.new_empty(maps, height + 1, width + 1)))
+                self.levels.append(self._pair(height + 1, width + 1))
                 _neighbour_sums(below[:, 0], self.levels[-1][:, 0])
             else:
                 self.counts.append(count[:, 1::2, 1::2].contiguous())
@@ -168,46 +170,52 @@ class Pyramid:
             size: side of the crops, pixels.
         """
         maps, crops = affines.shape[:2]
-        area = (
-            np.abs(np.linalg.det(affines[..., :2])) / size**2
-        )  # (maps, crops): of a crop's pixel, in pixels of the map
-        wanted = np.rint(np.log2(1 + area / 12)).astype(int)
+        # The area of a crop's pixel, in pixels of the map: (maps, crops).
+        area = abs(affines[..., 0, 0] * affines[..., 1, 1] - affines[..., 0, 1] * affines[..., 1, 0]) / size**2
+        shrunk = (affines[..., :2] ** 2).sum(-2).max(-1) > size**2
+        levels = np.where(shrunk, np.floor(np.log2(1 + area / 12) + ROUNDING).astype(int), UNSHRUNK)
+        present = sorted(set(levels.flat))
+        if len(present) == 1:
+            return self._sample_level(present[0], affines, size).reshape(maps, crops, 1, size, size)
         every = np.arange(maps)[:, None]
         # Maps need not have equally many crops at a level: the same number is sampled of each, some for a spare slot.
         output = torch.empty(maps, crops + 1, size, size, device=self.levels[0].device)
-        for index in range(wanted.min(), wanted.max() + 1):
-            at_level = wanted == index
+        for index in present:
+            at_level = levels == index
             picked = np.argsort(~at_level, axis=1, kind="stable")[:, : at_level.sum(1).max()]  # (maps, picked)
             sampled = self._sample_level(index, affines[every, picked], size)
-            tiled = output.view(maps, crops + 1, *sampled.shape[2:])
-            tiled[every, np.where(at_level[every, picked], picked, crops)] = sampled
+            slots = np.where(at_level[every, picked], picked, crops)
+            output.view(maps, crops + 1, *sampled.shape[2:])[every, slots] = sampled
         return output[:, :crops, None]
 
     def _sample_level(self, index: int, affines: np.ndarray, size: int) -> torch.Tensor:
         """Crops (maps, crops, tiles, tile, tiles, tile) from one level, size = tiles * tile."""
+        samples = TRIANGLE / size
+        if index == UNSHRUNK:
+            index, samples = 0, np.zeros((2, 1))
         level = self.level(index)
         maps, crops = affines.shape[:2]
         # Tile by tile: a turned crop's samples then lie close together in the map, and in the processor's cache.
         tile = max(side for side in range(1, LARGEST_TILE + 1) if size % side == 0)
         tile = tile if tile > 7 else size
         tiles = size // tile
-        # Two samples along u and two along v, a quarter of a pixel off the centre: (maps, crops, 1, uv, 2, size).
-        offset = np.where((affines[..., :2] ** 2).sum(-2) > size**2, 0.25, 0)[:, :, None, :, None, None]
-        places = (np.arange(size) + 0.5 + offset * np.array([[-1], [1]])) / size
         # From pixels of the map to grid_sample's -1 .. 1 over the level. A pixel of an odd level is centred on a corner
         # of the level below, its first one on that level's own corner.
         extent = np.array([level.shape[3], level.shape[2]])
-        scale = 2 / (2.0 ** (index // 2) * extent)
-        along = (affines[..., :2] * scale[:, None])[..., None, None] * places  # (maps, crops, xy, uv, 2, size)
-        along[:, :, :, 1] += (affines[..., 2] * scale + (index % 2) / extent - 1)[..., None, None]
-        along = along.reshape(maps, crops, 2, 2, 2, tiles, tile).transpose(3, 0, 2, 1, 5, 4, 6)
-        along = torch.from_numpy(along.astype(np.float32, order="C")).to(level.device)
-        along_u, along_v = along  # (maps, xy, crops, tiles, 2 samples, tile)
-        grid = along_v[:, :, :, :, None, :, None, :, None] + along_u[:, :, :, None, :, None, :, None, :]
+        affines = (affines * (2 / (2.0 ** (index // 2) * extent))[:, None]).swapaxes(1, 2)  # (maps, xy, crops, 3)
+        affines[..., 2] += ((index % 2) / extent - 1)[:, None]
+        places = ((np.arange(size) + 0.5) / size).reshape(tiles, 1, tile)
+        places = places + samples[:, None, :, None]  # (uv, tiles, samples, tile)
+        along = affines[..., :2, None, None, None] * places  # (maps, xy, crops, uv, tiles, samples, tile)
+        along[:, :, :, 1] += affines[..., 2, None, None, None]
+        along = torch.from_numpy(along.astype(np.float32)).to(level.device)
+        along_u, along_v = along[:, :, :, 0], along[:, :, :, 1]
+        grid = torch.empty(maps, 2, crops, tiles, tiles, samples.shape[1], tile, tile, device=level.device)
+        torch.add(along_v[:, :, :, :, None, :, :, None], along_u[:, :, :, None, :, :, None, :], out=grid)
         grid = grid.view(maps, 2, -1, tile).permute(0, 2, 3, 1)
         sampled = F.grid_sample(level, grid, align_corners=False)
-        total, weight = sampled.view(maps, 2, crops, tiles, tiles, 4, tile, tile).sum(5).unbind(1)
-        half = 2 * 4 ** ((index + 1) // 2)
+        total, weight = sampled.view(maps, 2, crops, tiles, tiles, -1, tile, tile).sum(5).unbind(1)
+        half = samples.shape[1] * 4 ** ((index + 1) // 2) / 2
         return (total / F.threshold(weight, half, math.inf)).transpose(3, 4)
 
 

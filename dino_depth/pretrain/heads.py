@@ -38,4 +38,4 @@ class PrototypeHead(nn.Module):
 
     def prototypes(self) -> Tensor:
         """(K, bottleneck): gain times unit direction."""
-        return self.gain * F.normalize(self.direction, dim=-1)
+        return torch._weight_norm(self.direction, self.gain, 0)  # one fused pass where autograd would need five

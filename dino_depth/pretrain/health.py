@@ -51,7 +51,7 @@ def measure(targets: Targets, rank_rows: int = 512) -> dict[str, float]:
         figures[f"{name}_mean_entropy"] = float(_entropy(mean)) / scale
         figures[f"{name}_used"] = int((favourites > 0).sum()) / min(prototypes, int(count))
     classes = targets.class_features.float()
-    patches = targets.patch_features.float().flatten(0, 1)
+    patches = targets.patch_features.float()
     figures["class_rankme"] = rankme(classes[:rank_rows])
     figures["patch_rankme"] = rankme(patches[:: max(1, len(patches) // rank_rows)][:rank_rows])
     unit = torch.nn.functional.normalize(classes, dim=-1)

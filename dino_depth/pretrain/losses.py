@@ -88,9 +88,11 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         feature_gradient, prototype_gradient = ctx.saved_tensors
-        return feature_gradient.to(ctx.dtype) * upstream, prototype_gradient * upstream, None, None, None, None
+        # In place: the gradient of 65,536 prototypes is large, and backward runs once.
+        return feature_gradient.to(ctx.dtype).mul_(upstream), prototype_gradient.mul_(upstream), None, None, None, None
 
 
 def prototype_cross_entropy(

@@ -33,7 +33,7 @@ class TrainingData:
     """What a model was trained on, one row for each shard folder and dataset.
 
     Attributes:
-        rows: ``folder``, ``dataset``, ``maps``, ``licence`` and ``manifest_sha256`` each.
+        rows: ``folder``, ``dataset``, ``maps``, ``licence``, ``synthetic`` and ``manifest_sha256`` each.
     """
 
     rows: list[dict]
@@ -76,7 +76,7 @@ def training_data(shards: DepthShards) -> TrainingData:
             if origin == folder:
                 licence = str(manifest.get("licence", "unstated"))
                 rows.append({"folder": folder.name, "dataset": dataset, "maps": maps, "licence": licence})
-                rows[-1]["manifest_sha256"] = sha256
+                rows[-1] |= {"synthetic": bool(manifest.get("synthetic")), "manifest_sha256": sha256}
     return TrainingData(rows)
 
 
@@ -174,8 +174,10 @@ def _write_card(folder: Path, library: str, subject: Subject):
         "pipeline_tag": "image-feature-extraction",
         "tags": ["depth", "anomaly-detection", "dinov2", "dino-depth", "self-supervised"],
     }
-    if subject.data:
-        metadata["datasets"] = sorted({row["dataset"] for row in subject.data.rows})
+    # Rendered stand-ins of a dataset are not that dataset.
+    real = {row["dataset"] for row in (subject.data.rows if subject.data else []) if not row["synthetic"]}
+    if real:
+        metadata["datasets"] = sorted(real)
     front = yaml.safe_dump(metadata, sort_keys=False)
     sections = [
         _title(subject), _loading(library, subject), _input(subject), _training(subject), _checked(subject),
@@ -268,7 +270,9 @@ and libraries."""
     if subject.data is None:
         return recipe + "\n\nThe training shards were not there at export: **data and their licences are unknown.**"
     table = ["| dataset | maps | licence as recorded with the shards |", "|---|---|---|"]
-    table += [f"| {row['dataset']} | {row['maps']} | {row['licence']} |" for row in subject.data.rows]
+    for row in subject.data.rows:
+        name = f"rendered parts in the layout of {row['dataset']}" if row["synthetic"] else row["dataset"]
+        table.append(f"| {name} | {row['maps']} | {row['licence']} |")
     terms = f"The licence above (`{subject.license}`) is that of the weights; the data keep their own."
     if subject.data.non_commercial:
         terms += (

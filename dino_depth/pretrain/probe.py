@@ -51,7 +51,8 @@ class ProbeConfig:
         encoder: run folder (its newest checkpoint), exported folder or Hub id.
         shards: shard folder made by ``prep``, or a list of them.
         out: JSON file for the result.
-        size: side of the square input, pixels; by default the encoder's.
+        size: side of the square input, pixels; by default the encoder's, which for an export is the large size it was
+            exported for: give the training size to compare it with its run.
         gallery_splits: splits whose maps are the neighbours and fit the regressions.
         query_splits: splits that are scored; empty means every other. Where the shards hold a single split, a third of
             it, chosen by a hash of the sample's key, is the queries.
@@ -206,7 +207,7 @@ def probe_encoders(trained: Encoder, random: Encoder, config: ProbeConfig) -> di
     with Progress("probe", len(gallery) + len(queries), "maps") as progress:
         for part, images, depth in _prepared(trained, shards, gallery, size, config.batch):
             targets, usable = patch_geometry(depth.to(device), trained.patch_size)
-            chooses = torch.from_numpy(part % HELD_OUT == 0).to(device)
+            chooses = torch.from_numpy(np.searchsorted(gallery, part) % HELD_OUT == 0).to(device)
             for source, encode in encoders.items():
                 *knn_vectors, patches = encode(images.to(device), part)
                 for kept, vector in zip(vectors[source], knn_vectors, strict=True):
@@ -233,9 +234,11 @@ def probe_encoders(trained: Encoder, random: Encoder, config: ProbeConfig) -> di
             usable_patches += int(usable.sum())
             progress.advance(len(part))
 
-    if usable_patches < 2:
-        raise DataError("no patch of the query maps has enough valid depth for a surface fit")
     rows = {source: query_rows([torch.cat(part) for part in hits[source]], sums[source]) for source in encoders}
+    figures = bootstrap(rows, config.bootstrap, config.seed)
+    for name, title in FIGURES.items():
+        if not all(np.isfinite([*interval.values()]).all() for interval in figures[name].values()):
+            raise DataError(f"{title} is undefined: too few query patches, or all with the same surface")
     return {
         "encoder": trained.name,
         "beside": random.name,
@@ -248,7 +251,7 @@ def probe_encoders(trained: Encoder, random: Encoder, config: ProbeConfig) -> di
         "chance": 1 / len(categories),
         "queries_seen_in_training": _seen(Path(config.encoder), shards, queries),
         "patches": {"gallery": moments["trained"][0].count + moments["trained"][1].count, "query": usable_patches},
-        "figures": bootstrap(rows, config.bootstrap, config.seed),
+        "figures": figures,
         "config": asdict(config),
         "seconds": time.monotonic() - start,
     }
@@ -269,10 +272,11 @@ def _seen(run: Path, shards: DepthShards, queries: np.ndarray) -> int | None:
     )
 
 
-def load_with_twin(source: str, seed: int = 0) -> tuple[Encoder, Encoder]:
+def load_with_twin(source: str, seed: int = 0, size: int | None = None) -> tuple[Encoder, Encoder]:
     """A frozen encoder and the same network at random initialisation.
 
-    Of a run, the twin is the network the run began with; of an export, a new one drawn with ``seed``.
+    Of a run, the twin is the network the run began with. Exports do not record how they were initialised: their twin
+    is a new network of the same sizes, drawn with ``seed`` in DINO-v2's way, its positions at the grid of ``size``.
 
     Raises:
         ConfigError: ``source`` is no run, export or Hub repository.
@@ -282,7 +286,7 @@ def load_with_twin(source: str, seed: int = 0) -> tuple[Encoder, Encoder]:
     if (Path(source) / "config.yaml").is_file():
         return trained, load_run_encoder(Path(source), random_initialization=True)
     torch.manual_seed(seed)
-    twin = DepthTransformer(trained.backbone.config, trained.size)
+    twin = DepthTransformer(trained.backbone.config, size or trained.size)
     return trained, Encoder(twin, trained.normalization, "random initialisation", trained.size)
 
 
@@ -298,7 +302,7 @@ def probe(config: ProbeConfig) -> dict:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device; run dino-depth doctor")
     device = "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda"
-    trained, random = (encoder.to(device) for encoder in load_with_twin(config.encoder, config.seed))
+    trained, random = (encoder.to(device) for encoder in load_with_twin(config.encoder, config.seed, config.size))
     result = probe_encoders(trained, random, config)
     print_table(result)
     if config.out:

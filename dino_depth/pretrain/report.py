@@ -29,7 +29,9 @@ __all__ = ["Chart", "charts", "colour", "read_metrics", "write_report"]
 
 CROPPED_MAPS = 6
 PCA_MAPS = 12
+PCA_PATCHES = 14  # fewest patches along a side of the PCA pictures; smaller inputs are enlarged
 LOCALS_SHOWN = 4
+TICK_HEIGHT = 12  # of a tick's text, in units of a chart
 POINTS = 400  # most points of a curve
 MISSING = (226, 114, 91)  # no colour of viridis is near it
 # Ten equidistant colours of matplotlib's viridis (CC0), dark to bright.
@@ -83,8 +85,8 @@ class Chart:
     Attributes:
         title: the metric.
         last: its last value, as text.
-        paths: SVG path data, broken where values are not finite.
-        ticks: (y, text) of the vertical axis.
+        path: SVG path data, broken where values are not finite.
+        ticks: (y, text) of the largest and the smallest value.
         references: (y, text) of lines to compare with.
         first_step, last_step: ends of the horizontal axis.
     """
@@ -124,7 +126,9 @@ def _chart(title: str, steps: list[int], values: list[float], references: list[t
         path.append(f"{pen}{round(Chart.WIDTH * (steps[place] - steps[0]) / span, 1)} {y(values[place])}")
         pen = "L"
     ends = (max(finite), min(finite)) if finite else ()
-    ticks = [(y(value), _text(value)) for value in dict.fromkeys(ends)]
+    ticks = [(y(value), _text(value)) for value in ends]
+    if ticks and ticks[1][0] - ticks[0][0] < TICK_HEIGHT:
+        ticks = ticks[:1]
     last = _text(values[-1]) if math.isfinite(values[-1]) else "not finite"
     return Chart(title, last, "".join(path), ticks, [(y(v), t) for v, t in references], steps[0], steps[-1])
 
@@ -175,11 +179,8 @@ def _spread(shards: DepthShards, indices: np.ndarray, count: int) -> np.ndarray:
 
 def _crops(shards: DepthShards, config: PretrainConfig) -> list[dict]:
     """Maps and their crops exactly as training draws them, as images."""
-    indices = [
-        i
-        for i, entry in enumerate(shards.entries)
-        if entry.meta["split"] in (config.data.splits or [entry.meta["split"]])
-    ]
+    splits = config.data.splits
+    indices = [i for i, entry in enumerate(shards.entries) if not splits or entry.meta["split"] in splits]
     shown = []
     for position, index in enumerate(_spread(shards, np.array(indices), CROPPED_MAPS)):
         depth_map, meta = shards.sample(int(index))
@@ -205,26 +206,26 @@ def _components(run: Path, shards: DepthShards, probed: dict | None) -> dict:
     keys = ("gallery_splits", "query_splits", "seed")
     choice = ProbeConfig(str(run), [], **{key: settings[key] for key in keys if key in settings})
     indices = _spread(shards, choose_maps(shards, choice)[1], PCA_MAPS)
+    patch = trained.patch_size
+    size = trained.size * math.ceil(PCA_PATCHES * patch / trained.size)
     columns = {}
     for name, encoder in (("trained", trained), ("random", random)):
-        seen = collect_features(encoder, shards, indices)
-        patch = encoder.patch_size
+        seen = collect_features(encoder, shards, indices, size)
         share = torch.nn.functional.avg_pool2d((seen["depth"] > 0).float(), patch)[:, 0]
         usable = share >= 0.5
-        colours = (255 * pca_colours(seen["patches"], usable)).round().to(torch.uint8).numpy()
+        # What all patches of a map have in common says which map it is and would take all three colours.
+        weights = usable[..., None] / usable.sum((1, 2)).clamp_min(1)[:, None, None, None]
+        features = seen["patches"] - (seen["patches"] * weights).sum((1, 2), keepdim=True)
+        colours = (255 * pca_colours(features, usable)).round().to(torch.uint8).numpy()
         colours[~usable.numpy()] = MISSING
         columns[name] = [_data_uri(np.kron(tile, np.ones((8, 8, 1), np.uint8))) for tile in colours]
     columns["depth"] = []
     for depth in seen["depth"][:, 0].numpy():
-        low, high = np.percentile(depth[depth > 0], [1, 99])
+        low, high = np.percentile(depth[depth > 0], [1, 99]) if (depth > 0).any() else (0, 1)
         columns["depth"].append(_data_uri(colour(-depth, depth > 0, -high, -low)))
     columns["category"] = [shards.entries[index].meta["category"] for index in indices]
-    rows, side = seen["patches"].shape[1], seen["images"].shape[-1]
-    return {
-        "maps": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
-        "rows": rows,
-        "side": side,
-    }
+    maps = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return {"maps": maps, "rows": size // patch, "side": size, "trained_side": trained.size}
 
 
 def _probe_rows(probed: dict) -> list[dict]:

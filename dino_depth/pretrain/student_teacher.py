@@ -31,27 +31,34 @@ class Batch:
         global_crops: (2 * maps, 1, side, side), the first crop of every map before the second of every map.
         local_crops: (crops * maps, 1, side, side), likewise.
         masks: (2 * maps, patches) bool, hidden from the student.
-        masked: (hidden,) row of each hidden patch among all patches of the global crops, from ``masks``.
         mask_weights: (hidden,) 1 / (hidden patches of its crop * number of global crops).
+        needed: (2 * maps + hidden + crops * maps,) rows the losses read of all tokens of the global, then of the local
+            crops: global class tokens, hidden patches, local class tokens.
     """
 
     global_crops: Tensor
     local_crops: Tensor
     masks: Tensor
-    masked: Tensor
     mask_weights: Tensor
+    needed: Tensor
 
     @classmethod
-    def make(cls, global_crops: Tensor, local_crops: Tensor, masks: Tensor, device: torch.device) -> "Batch":
+    def make(
+        cls, global_crops: Tensor, local_crops: Tensor, masks: Tensor, device: torch.device, patch_size: int = 14
+    ) -> "Batch":
         """From (maps, 2, 1, side, side) and (maps, crops, 1, side, side) crops and (maps, 2, patches) masks."""
         masks = masks.transpose(0, 1).flatten(0, 1)
         weights = (1 / masks.sum(1).clamp_min(1))[:, None].expand_as(masks)[masks] / len(masks)
+        crop, patch = masks.nonzero(as_tuple=True)
+        length, small = masks.shape[1] + 1, (local_crops.shape[-1] // patch_size) ** 2 + 1
+        classes = torch.arange(len(masks)) * length
+        locals_ = len(masks) * length + torch.arange(local_crops.shape[0] * local_crops.shape[1]) * small
         parts = (
             global_crops.transpose(0, 1).flatten(0, 1),
             local_crops.transpose(0, 1).flatten(0, 1),
             masks,
-            masks.flatten().nonzero().flatten(),
             weights,
+            torch.cat([classes, crop * length + 1 + patch, locals_]),
         )
         return cls(*(part.to(device, non_blocking=True) for part in parts))
 
@@ -63,7 +70,8 @@ class Targets:
     Attributes:
         classes: (2 * maps, K) per global crop.
         patches: (hidden, K) per hidden patch.
-        class_features: (2 * maps, dim) and ``patch_features`` (2 * maps, patches, dim): the teacher's, for health.
+        class_features: (2 * maps, dim), the teacher's, for the health figures.
+        patch_features: (hidden, dim), likewise.
     """
 
     classes: Tensor
@@ -75,15 +83,16 @@ class Targets:
 @torch.no_grad()
 def teacher_targets(teacher: Networks, batch: Batch, temperature: float, iterations: int) -> Targets:
     """The teacher sees whole global crops; its assignments are balanced by Sinkhorn-Knopp."""
-    (tokens,) = teacher.backbone.forward_packed([batch.global_crops], [None])  # (2 maps, 1 + patches, dim)
-    classes, patches = tokens[:, 0], tokens[:, 1:]
-    hidden = patches.flatten(0, 1).index_select(0, batch.masked)  # (hidden, dim)
+    crops = len(batch.global_crops)
+    needed = batch.needed[: crops + len(batch.mask_weights)]
+    tokens = teacher.backbone.forward_packed([batch.global_crops], [None], needed=needed)
+    classes, hidden = tokens[:crops], tokens[crops:]  # (2 maps, dim), (hidden, dim)
     targets = []
     for head, rows in ((teacher.dino_head, classes), (teacher.ibot_head, hidden)):
         dtype = matmul_dtype(rows.device)
         logits = head(rows).to(dtype) @ head.prototypes().to(dtype).T  # (rows, K)
         targets.append(sinkhorn(logits, temperature, iterations))
-    return Targets(*targets, classes, patches)
+    return Targets(*targets, classes, hidden)
 
 
 def student_losses(student: Networks, batch: Batch, targets: Targets, config: PretrainConfig) -> dict[str, Tensor]:
@@ -97,10 +106,11 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
     loss = config.loss
     maps = len(batch.global_crops) // 2
     locals_ = len(batch.local_crops) // maps
-    whole, local = student.backbone.forward_packed(
-        [batch.global_crops, batch.local_crops], [batch.masks, None], config.model.drop_path
+    tokens = student.backbone.forward_packed(
+        [batch.global_crops, batch.local_crops], [batch.masks, None], config.model.drop_path, batch.needed
     )
-    classes = torch.cat([whole[:, 0], local[:, 0]])  # ((2 + local crops) * maps, dim)
+    whole, hidden, local = tokens.split([2 * maps, len(batch.mask_weights), locals_ * maps])
+    classes = torch.cat([whole, local])  # ((2 + local crops) * maps, dim)
     first, second = targets.classes.chunk(2)
     wanted = torch.cat([second, first, first + second])  # (3 * maps, K): for crop 1, for crop 2, for a local crop
     index = torch.arange(2 * maps, device=classes.device)
@@ -110,7 +120,6 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
     dino = prototype_cross_entropy(
         head(classes), head.prototypes(), wanted, index, weights, loss.student_temperature
     )
-    hidden = whole[:, 1:].flatten(0, 1).index_select(0, batch.masked)  # (hidden, dim)
     head = student.ibot_head
     ibot = prototype_cross_entropy(
         head(hidden),
@@ -120,7 +129,7 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
         batch.mask_weights,
         loss.student_temperature,
     )
-    spread = sum(koleo(part) for part in whole[:, 0].chunk(2))
+    spread = sum(koleo(part) for part in whole.chunk(2))
     total = loss.dino_weight * dino + loss.ibot_weight * ibot + loss.koleo_weight * spread
     return {"loss": total, "dino": dino, "ibot": ibot, "koleo": spread}
 

@@ -1,4 +1,8 @@
-"""Surface orientation and curvature of depth maps: what the probe asks patch features about."""
+"""Surface orientation and curvature of depth maps: what the probe asks patch features about.
+
+Both come from the depth itself, whatever an encoder's input normalisation keeps of it, so that encoders with different
+normalisations answer the same question. One that removes the supporting plane cannot tell the plane's tilt.
+"""
 
 import math
 
@@ -8,7 +12,9 @@ from torch import Tensor
 
 __all__ = ["patch_geometry", "surface"]
 
-FOCAL = 2.0  # nominal focal length in image sides (28 degrees): depth maps carry no intrinsics
+# Nominal focal length in image sides (28 degrees), as maps carry no intrinsics: between a Kinect's 0.8 and the 5 or so
+# of industrial sensors close to a part.
+FOCAL = 2.0
 WINDOW = 2  # radius of the window of a surface fit, pixels
 SHARPEST = 1 / (2 * WINDOW + 1)  # largest curvature such a window resolves, 1/pixel
 KNOWN_SHARE = 0.5  # share of a patch's pixels whose surface must be known for the patch to count

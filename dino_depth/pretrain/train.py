@@ -263,7 +263,7 @@ def _loop(config, device, shards, student, teacher, optimizer, gate, run, first,
             sums = {}
             for turn in range(passes):
                 waiting = time.perf_counter()
-                batch = Batch.make(*_next(loader), device)
+                batch = Batch.make(*_next(loader), device, config.model.patch_size)
                 seconds_waiting += time.perf_counter() - waiting
                 # Which samples skip which branch depends on the step alone, so a resumed run draws the same.
                 part = turn * distributed.world_size() + distributed.rank()
