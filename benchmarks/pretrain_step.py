@@ -3,6 +3,8 @@
     python benchmarks/pretrain_step.py                                # this project alone
     python benchmarks/pretrain_step.py --peer PEER.py --rounds 3      # interleaved with a peer, prints the ratio
 
+``--dtype bf16`` does what pretraining does: bfloat16 where the device has units for it. ``bf16-forced`` always does.
+
 The peer is a script that takes ``b=8 c=1 dtype=bf16 steps=4`` and prints a JSON line with "total" seconds per step.
 """
 
@@ -20,7 +22,7 @@ from dino_depth.config import PretrainConfig
 from dino_depth.pretrain.masks import draw_masks
 from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
 from dino_depth.pretrain.student_teacher import Batch, Networks, student_losses, teacher_targets, update_teacher
-from dino_depth.pretrain.train import pick_device, reuse_memory
+from dino_depth.pretrain.train import autocast, pick_device, reuse_memory
 
 
 def measure(batch: int, dtype: str, steps: int, threads: int, drop_path: float, profile: bool) -> dict:
@@ -39,6 +41,10 @@ def measure(batch: int, dtype: str, steps: int, threads: int, drop_path: float, 
     side, small, crops = config.crops.global_size, config.crops.local_size, config.crops.local_crops
     inputs = torch.randn(batch, 2, 1, side, side), torch.randn(batch, crops, 1, small, small)
     stages: dict[str, list[float]] = {}
+    forced = torch.autocast(device.type, torch.bfloat16) if dtype == "bf16-forced" else None
+
+    def precision():
+        return forced or autocast(device, dtype)
 
     def lap(name: str, since: float) -> float:
         if device.type == "cuda":
@@ -55,7 +61,7 @@ def measure(batch: int, dtype: str, steps: int, threads: int, drop_path: float, 
         data = Batch.make(*inputs, torch.stack([torch.from_numpy(mask) for mask in masks]), device)
         now = schedule(config, 2000 + step)
         set_rates(optimizer, now)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        with precision():
             targets = teacher_targets(teacher, data, now.teacher_temperature, config.loss.sinkhorn_iterations)
             since = lap("teacher", since)
             losses = student_losses(student, data, targets, config)
@@ -70,7 +76,7 @@ def measure(batch: int, dtype: str, steps: int, threads: int, drop_path: float, 
         lap("ema", since)
         lap("total", begin)
     if profile:
-        with torch.profiler.profile() as record, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        with torch.profiler.profile() as record, precision():
             targets = teacher_targets(teacher, data, 0.05, 3)
             student_losses(student, data, targets, config)["loss"].backward()
         print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40))
@@ -82,7 +88,7 @@ def measure(batch: int, dtype: str, steps: int, threads: int, drop_path: float, 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--dtype", choices=["bf16", "bf16-forced", "fp32"], default="bf16")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--drop_path", type=float, default=0.3)
@@ -101,7 +107,13 @@ def main():
         return
     common = [f"--batch={options.batch}", f"--dtype={options.dtype}", f"--steps={options.steps}"]
     ours = [sys.executable, __file__, *common, f"--threads={options.threads}", f"--drop_path={options.drop_path}"]
-    words = [f"b={options.batch}", "c=1", f"dtype={options.dtype}", f"steps={options.steps}", f"dp={options.drop_path}"]
+    words = [
+        f"b={options.batch}",
+        "c=1",
+        f"dtype={options.dtype[:4]}",
+        f"steps={options.steps}",
+        f"dp={options.drop_path}",
+    ]
     theirs = [options.peer_python, options.peer, *words, *options.peer_arguments.split()]
     ratios = []
     for round_ in range(options.rounds):

@@ -194,7 +194,7 @@ class TrainConfig:
         steps: optimisation steps.
         batch: maps per step over all processes.
         accumulate: backward passes per step; ``batch`` must divide by it times the number of processes.
-        precision: of matrix products, ``bf16`` (autocast) or ``fp32``.
+        precision: of matrix products: ``bf16`` (autocast; float32 on CPUs without bfloat16 units) or ``fp32``.
         seed: of everything random.
         checkpoint_every: steps between checkpoints.
         keep: checkpoints kept.
@@ -291,9 +291,7 @@ def parse(cls: type, arguments: list[str], program: str, positional: tuple[str, 
     """
     usage = " ".join([program, *(name.upper() for name in positional), "[--key value ...]"])
     description = (cls.__doc__ or "").split("\n")[0]
-    parser = ArgumentParser(
-        prog=program, usage=usage, description=description, exit_on_error=False, allow_abbrev=False
-    )
+    parser = ArgumentParser(prog=program, usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file, or the name of a shipped one")
     parser.add_class_arguments(cls, None, fail_untyped=True)
     arguments = _spell_out(cls, arguments, positional)

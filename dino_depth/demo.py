@@ -80,9 +80,7 @@ def demo(config: DemoConfig):
         raw, shards = str(out / "raw" / layout), str(out / "shards" / layout)
         with _stage(f"render raw data as {layout}", seconds):
             synth(
-                SynthConfig(
-                    layout, raw, per_category=count, test_per_category=test, size=config.size, seed=config.seed
-                )
+                SynthConfig(layout, raw, per_category=count, test_per_category=test, size=config.size, seed=config.seed)
             )
         with _stage(f"prepare and check shards of {layout}", seconds):
             prepare(PrepareConfig(layout, raw, shards))

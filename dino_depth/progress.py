@@ -32,6 +32,7 @@ class Progress:
         self.title, self.total, self.unit, self.every = title, total, unit, every
         self.first = self.done = done
         self.note = ""
+        self.last = done  # what the last plain line said
         self.start = self.said = time.monotonic()
         self.bar = None
 
@@ -48,7 +49,7 @@ class Progress:
     def __exit__(self, kind, error, traceback):
         if self.bar is not None:
             self.bar.stop()
-        elif kind is None and self.done:
+        elif kind is None and self.done != self.last:
             self._say()
 
     def advance(self, steps: int = 1, note: str = ""):
@@ -67,7 +68,7 @@ class Progress:
         return " ".join(parts + [self.note]).strip()
 
     def _say(self):
-        self.said = time.monotonic()
+        self.said, self.last = time.monotonic(), self.done
         rate = (self.done - self.first) / max(self.said - self.start, 1e-9)
         left = (self.total - self.done) / rate if rate else float("inf")
         ending = f", {left:.0f} s left" if 0 < left < float("inf") else ""

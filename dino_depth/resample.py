@@ -3,6 +3,7 @@ import numpy as np
 
 def fit_square(values, valid, size):
     from dino_depth.pretrain.crops import resample
+
     height, width = values.shape
     side = max(height, width)
     affine = np.array([[side, 0, (width - side) / 2], [0, side, (height - side) / 2]], float)

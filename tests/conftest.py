@@ -43,7 +43,9 @@ def shards(tmp_path_factory) -> Path:
         for category in range(3):
             (root / "raw" / split / f"shape{category}").mkdir(parents=True)
             for place in range(count):
-                np.save(root / "raw" / split / f"shape{category}" / f"{place:03}.npy", depth_scene(3 * index + category))
+                np.save(
+                    root / "raw" / split / f"shape{category}" / f"{place:03}.npy", depth_scene(3 * index + category)
+                )
                 index += 1
     options = FolderOptions(unit="m", split="")
     prepare(PrepareConfig("folder", str(root / "raw"), str(root / "shards"), 1, samples_per_shard=25, folder=options))

@@ -22,7 +22,9 @@ def test_the_published_recipe_lists_every_key_and_is_the_default():
     assert read("--config", "pretrain") == PretrainConfig()
     loaded = yaml.safe_load(path.read_text())
     flat = {f"{group}.{key}" for group, values in loaded.items() if isinstance(values, dict) for key in values}
-    assert flat | set(loaded) >= {key for key in config_keys(PretrainConfig) if not key.startswith("data.normalization.")}
+    assert flat | set(loaded) >= {
+        key for key in config_keys(PretrainConfig) if not key.startswith("data.normalization.")
+    }
 
 
 @pytest.mark.parametrize("name", ["pretrain_demo", "pretrain_small_data"])
@@ -61,7 +63,12 @@ def test_mistakes_are_one_line_with_the_nearest_key(arguments, expected):
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("data: {worker: 4}", "data.workers"), ("data: [", "not YAML"), ("- 1", "keys"), ("!!python/object/apply:os.getcwd []", "not YAML")],
+    [
+        ("data: {worker: 4}", "data.workers"),
+        ("data: [", "not YAML"),
+        ("- 1", "keys"),
+        ("!!python/object/apply:os.getcwd []", "not YAML"),
+    ],
 )
 def test_a_bad_file_is_named(tmp_path, text, expected):
     file = tmp_path / "bad.yaml"

@@ -103,7 +103,10 @@ def test_missing_pixels_are_zero_and_nearer_is_monotone(method, kind):
 
 def test_formulas():
     depth_map = DepthMap.from_values(np.array([[0.0, 1.0, 2.0], [4.0, 2.0, 3.0]]))
-    assert normalize(depth_map, Normalization("max")).max() == 1 and normalize(depth_map, Normalization("max"))[0, 1] == 0.25
+    assert (
+        normalize(depth_map, Normalization("max")).max() == 1
+        and normalize(depth_map, Normalization("max"))[0, 1] == 0.25
+    )
     assert normalize(depth_map, Normalization("minmax"))[0].tolist() == pytest.approx([0, 0.1, 0.4])
     assert normalize(depth_map, Normalization("log"))[1, 0] == pytest.approx(math.log(5) / math.log(101))
 
@@ -131,7 +134,9 @@ def test_without_a_supporting_plane_the_median_depth_is_the_reference():
     depth_map = DepthMap.from_values(ball)
     assert fit_plane(depth_map)[1] < 0.2
     expected = (np.median(depth_map.depth[depth_map.valid]) - depth_map.depth) / 0.05
-    assert np.allclose(normalize(depth_map, Normalization("plane"))[depth_map.valid], expected[depth_map.valid], atol=1e-4)
+    assert np.allclose(
+        normalize(depth_map, Normalization("plane"))[depth_map.valid], expected[depth_map.valid], atol=1e-4
+    )
 
 
 def test_plane_fit_equals_the_plane():

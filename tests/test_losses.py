@@ -86,9 +86,7 @@ def test_cross_entropy_in_bfloat16_is_close():
 def test_koleo_equals_the_equation():
     features = torch.randn(9, 4)
     unit = F.normalize(features.double(), dim=-1)
-    expected = -sum(
-        math.log(min((unit[i] - unit[j]).norm().item() for j in range(9) if j != i)) for i in range(9)
-    ) / 9
+    expected = -sum(math.log(min((unit[i] - unit[j]).norm().item() for j in range(9) if j != i)) for i in range(9)) / 9
     assert koleo(features).item() == pytest.approx(expected, rel=1e-4)
 
 

@@ -16,7 +16,16 @@ from dino_depth.encoder import Encoder, load_encoder
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.vit import DepthTransformer
 
-__all__ = ["checkpoint_path", "checkpoints", "load", "load_backbone", "load_encoder_or_run", "load_run_encoder", "prune", "save"]
+__all__ = [
+    "checkpoint_path",
+    "checkpoints",
+    "load",
+    "load_backbone",
+    "load_encoder_or_run",
+    "load_run_encoder",
+    "prune",
+    "save",
+]
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

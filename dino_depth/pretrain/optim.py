@@ -95,6 +95,4 @@ def set_rates(optimizer: torch.optim.Optimizer, now: Schedule):
 
 def clip(student: Networks, largest: float) -> Tensor:
     """Clips the gradient norm of backbone and of each head on its own; returns the three norms."""
-    return torch.stack(
-        [torch.nn.utils.clip_grad_norm_(part.parameters(), largest) for part in student.children()]
-    )
+    return torch.stack([torch.nn.utils.clip_grad_norm_(part.parameters(), largest) for part in student.children()])

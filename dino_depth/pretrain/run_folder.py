@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -150,9 +151,10 @@ class RunFolder:
         self._events = SummaryWriter(str(self.path), purge_step=first_step + 1)
 
     def write_metrics(self, step: int, figures: dict[str, float]):
-        """One line of metrics.jsonl and the same TensorBoard scalars."""
+        """One line of metrics.jsonl and the same TensorBoard scalars; figures that are not finite are left out."""
         if self._metrics is None:
             return
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         self._metrics.write(json.dumps({"step": step} | figures) + "\n")
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)

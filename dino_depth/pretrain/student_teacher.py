@@ -117,9 +117,7 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
     index = torch.cat([index, (2 * maps + torch.arange(maps, device=classes.device)).repeat(locals_)])
     weights = torch.full((len(classes),), 1 / (maps * (2 + 2 * locals_)), device=classes.device)
     head = student.dino_head
-    dino = prototype_cross_entropy(
-        head(classes), head.prototypes(), wanted, index, weights, loss.student_temperature
-    )
+    dino = prototype_cross_entropy(head(classes), head.prototypes(), wanted, index, weights, loss.student_temperature)
     head = student.ibot_head
     ibot = prototype_cross_entropy(
         head(hidden),
