@@ -1,11 +1,12 @@
 """Ten crops (2 x 224 + 8 x 98 pixels) of one 800 x 800 map on one core, against what a torchvision v2 user writes.
 
-    python benchmarks/crops.py [--peer FILE] [--runs 30] [--json FILE] [--gate]
+    python benchmarks/crops.py [--peer FILE] [--runs 20] [--json FILE] [--gate]
 
 Speed is processor time, measured interleaved so that other load on the machine hits both alike: each round times every
-variant once, and the figures are medians. The error of both is against the same reference: the mean of 16 x 16 bilinear
-samples of the map over each crop pixel's footprint, in float64, for the same rotation, box and flips. It is given over
-pixels whose footprint lies well inside the map, and, with holes cut into the map, over those next to a hole.
+variant for at least 50 ms, and the figures are medians. The error of both is against the same reference: the mean of
+16 x 16 bilinear samples of the map over each crop pixel's footprint, in float64, for the same rotation, box and flips.
+It is given over pixels whose footprint lies well inside the map, and, with holes cut into the map, over those next to a
+hole.
 `--gate` exits 4 unless ours is at least 12 times as fast as rotating every crop, twice as fast as rotating once, and no
 error is larger than the peer's. Takes about a minute.
 """
@@ -83,16 +84,21 @@ def load_peer(path: Path) -> dict:
     return {name: names[name] for name in ("rotate_each", "rotate_once")}
 
 
-def time_interleaved(variants: dict, runs: int) -> dict[str, float]:
-    """Median milliseconds of processor time of each function over ``runs`` rounds, each round after one more call."""
+def time_interleaved(variants: dict, runs: int, slice_seconds: float = 0.05) -> dict[str, float]:
+    """Median milliseconds of processor time of each function over ``runs`` rounds.
+
+    In a round every function is called once untimed, to bring the caches and the allocator into the state of a loop
+    over it, and then timed for at least ``slice_seconds``.
+    """
     times = {name: [] for name in variants}
-    for turn in range(runs + 1):
+    for _ in range(runs):
         for name, function in variants.items():
-            function()  # brings the caches and the allocator into the state of a loop over this function
-            start = time.process_time()
             function()
-            if turn:  # the first round warms up
-                times[name].append((time.process_time() - start) * 1e3)
+            start, calls = time.process_time(), 0
+            while not calls or time.process_time() - start < slice_seconds:
+                function()
+                calls += 1
+            times[name].append((time.process_time() - start) / calls * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -179,7 +185,7 @@ def errors(values: np.ndarray, valid: np.ndarray) -> dict[str, float]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, default=BESIDE, help="script with rotate_each() and rotate_once()")
-    parser.add_argument("--runs", type=int, default=30, help="rounds of timing")
+    parser.add_argument("--runs", type=int, default=20, help="rounds of timing")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--gate", action="store_true", help="exit 4 below the targets")
     options = parser.parse_args()

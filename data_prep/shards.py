@@ -14,7 +14,6 @@ import tarfile
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from importlib import import_module, util
 from pathlib import Path
 from pkgutil import iter_modules
@@ -38,6 +37,7 @@ from data_prep.manifest import (
 from data_prep.output import PROGRESS, continue_or_begin, exclusive, verify_finished, writing
 from data_prep.shrink import shrink
 from data_prep.workers import run_tasks
+from dino_depth.config import suggestion
 from dino_depth.depth import UNIT, encode_png
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.progress import Progress
@@ -138,9 +138,7 @@ def readers() -> list[str]:
 def _reader(name: str) -> ModuleType:
     known = readers()
     if name not in known:
-        near = get_close_matches(name, known, 1, 0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"unknown dataset {name!r}: {hint}known: {', '.join(known)}")
+        raise ConfigError(f"unknown dataset {name!r}{suggestion(name, known)} (known: {', '.join(known)})")
     return import_module(f"{data_prep.__name__}.{name}")
 
 

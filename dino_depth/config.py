@@ -256,7 +256,7 @@ def config_keys(cls: type, prefix: str = "") -> list[str]:
 
 def suggestion(word: str, known: list[str]) -> str:
     """``; did you mean 'x'?`` for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, known, 1, 0.6)
+    near = difflib.get_close_matches(word, known, 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

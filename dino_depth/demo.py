@@ -28,7 +28,7 @@ class DemoConfig:
 
     Attributes:
         out: folder of everything the demo makes; an earlier demo there is replaced.
-        config: configuration of the pretraining.
+        recipe: configuration of the pretraining, a file or the name of a shipped one.
         mvtec3d: training maps per category in MVTec 3D-AD's layout.
         eyecandies: training maps per category in Eyecandies' layout.
         test: test maps per category in the first; half as many in the second.
@@ -39,7 +39,7 @@ class DemoConfig:
     """
 
     out: str = "demo"
-    config: str = "pretrain_demo"
+    recipe: str = "pretrain_demo"
     mvtec3d: int = 160
     eyecandies: int = 32
     test: int = 80
@@ -87,7 +87,7 @@ def demo(config: DemoConfig):
             check(CheckConfig(shards))
         folders.append(shards)
     with _stage("pretrain", seconds):
-        words = ["--config", config.config, "--data.shards", json.dumps(folders), "--out", str(run)]
+        words = ["--config", config.recipe, "--data.shards", json.dumps(folders), "--out", str(run)]
         words += ["--train.seed", str(config.seed)]
         words += ["--train.steps", str(config.steps)] if config.steps else []
         pretrain(parse(PretrainConfig, words, "dino-depth pretrain"))

@@ -115,7 +115,7 @@ def _export_folder(path: str | Path, revision: str | None) -> Path:
     for candidate in (folder, folder / "transformers"):
         if (candidate / "config.json").is_file():
             return candidate
-    if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+    if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         state = "no config.json in it or in its transformers subfolder" if folder.exists() else "no such folder"
         raise ConfigError(f"{path}: {state}; name a folder written by dino-depth export, or a Hub repository")
     from huggingface_hub import snapshot_download

@@ -33,11 +33,11 @@ def random_map(height, width, missing=0.3):
 
 def pixel_weights(position, length, level):
     """Weight (length,) of each pixel along one axis: a tent over the level's pixels, each the mean of its box."""
-    step = 3 ** (level // 2)
-    box = step * (3 if level % 2 else 1)
+    step = 2 ** (level // 2)
+    box = step * (1 + level % 2)
     weights = np.zeros(length)
     for index in range(-3, length // step + 4):
-        centre = step * (index + 0.5)
+        centre = step * index if level % 2 else step * (index + 0.5)
         tent = max(0.0, 1 - abs(position - centre) / step)
         for pixel in range(length):
             weights[pixel] += tent / box * (abs(pixel + 0.5 - centre) < box / 2)
@@ -47,11 +47,13 @@ def pixel_weights(position, length, level):
 def slow_crop(values, valid, matrix, size):
     """The definition, pixel by pixel in float64: (values, weights), both (size, size)."""
     spans = np.linalg.norm(matrix[:, :2], axis=0) / size
-    span = math.sqrt(abs(np.linalg.det(matrix[:, :2]))) / size
-    one = [(0.0, 0.0)]
-    three = [(math.sin(t) / math.sqrt(8), math.cos(t) / math.sqrt(8)) for t in (0, 2 * math.pi / 3, 4 * math.pi / 3)]
-    steps = [(2.25, 0, three), (3.45, 1, one), (6.6, 1, three), (8.4, 2, three), (11.4, 3, one), (19.8, 3, three)]
-    _, level, offsets = next(step for step in steps if span <= step[0]) if spans.max() > 1 else (1, 0, one)
+    area = abs(np.linalg.det(matrix[:, :2])) / size**2
+    if spans.max() > 1:
+        limits, radius = (1.958, 4.932, 7.161, 11.549, 15.536), 1 / math.sqrt(8)
+        level = sum(math.sqrt(area) > limit for limit in limits)
+        offsets = [(radius * math.sin(t), radius * math.cos(t)) for t in (0, 2 * math.pi / 3, 4 * math.pi / 3)]
+    else:
+        level, offsets = 0, [(0.0, 0.0)]
     output, weights = np.zeros((size, size)), np.zeros((size, size))
     clean = np.where(valid, values, 0).astype(np.float64)
     for i in range(size):
@@ -93,10 +95,10 @@ def test_matches_definition(shape, scale, angle, flip, size, missing):
 def test_every_level_and_its_bytes_are_exact_sums():
     values = np.ones((1, 300, 219), np.float32)
     pyramid = Pyramid(torch.from_numpy(values), torch.ones(1, 300, 219, dtype=torch.bool))
-    for index in range(7):
+    for index in range(10):
         total, weight = pyramid.level(index)
         assert torch.equal(total, weight)
-        assert weight.max() == 9 ** ((index + 1) // 2)
+        assert weight.max() == 4 ** ((index + 1) // 2)
 
 
 def test_holes_never_enter_values():

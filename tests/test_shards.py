@@ -478,7 +478,7 @@ def test_two_runs_on_one_folder(raw, finished, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"dataset": "mvtec3"}, "unknown dataset 'mvtec3': did you mean mvtec3d?"),
+        ({"dataset": "mvtec3"}, "unknown dataset 'mvtec3'; did you mean 'mvtec3d'?"),
         ({"dataset": "shards"}, "unknown dataset 'shards'"),
         ({"dataset": "../x"}, "unknown dataset"),
         ({"samples_per_shard": 0}, "samples_per_shard must be at least 1"),

@@ -4,7 +4,6 @@ Every sample is drawn from a generator keyed by (seed, layout, category, split, 
 number of processes, and a sample not on how many others there are.
 """
 
-import difflib
 import importlib
 import json
 import math
@@ -21,6 +20,7 @@ from data_prep.item import SYNTHETIC
 from data_prep.synthetic import layouts
 from data_prep.synthetic.parts import CATEGORIES
 from data_prep.synthetic.shots import Counts, Sample
+from dino_depth.config import suggestion
 from dino_depth.errors import ConfigError
 from dino_depth.progress import Progress
 
@@ -83,7 +83,9 @@ def synth(config: SynthConfig) -> None:
 
 def _check(config: SynthConfig) -> tuple[list[str], Counts]:
     if config.layout not in LAYOUTS:
-        raise ConfigError(f"layout: unknown layout {config.layout!r}{_nearest(config.layout, LAYOUTS)}")
+        raise ConfigError(
+            f"unknown layout {config.layout!r}{suggestion(config.layout, LAYOUTS)} (known: {', '.join(LAYOUTS)})"
+        )
     test = config.test_per_category
     validation = config.validation_per_category
     counts = Counts(
@@ -108,15 +110,10 @@ def _check(config: SynthConfig) -> tuple[list[str], Counts]:
         return names[: config.categories], counts
     for name in config.categories:
         if name not in CATEGORIES:
-            raise ConfigError(f"categories: unknown category {name!r}{_nearest(name, names)}")
+            raise ConfigError(f"categories: unknown category {name!r}{suggestion(name, names)}")
     if not config.categories or len(set(config.categories)) < len(config.categories):
         raise ConfigError(f"categories: must name each category once, got {config.categories}")
     return list(config.categories), counts
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0.4)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
 def _layout(name: str):

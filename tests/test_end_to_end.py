@@ -1,0 +1,133 @@
+"""The commands as a user types them: on genuine files, from an installed wheel, and the whole demo in small."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dino_depth.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "realdata"
+SMALL = [
+    *("--config", "pretrain_demo", "--data.splits", "[]", "--data.workers", "0", "--train.batch", "4"),
+    *("--crops.global_size", "42", "--crops.local_size", "28", "--crops.local_crops", "2", "--train.steps", "3"),
+]
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    "name, dataset, options",
+    [
+        ("mvtec3d_cable_gland", "mvtec3d", []),
+        ("open3d_rgbd_redwood5/RGBD", "folder", ["--folder.glob", "depth/*.png", "--folder.unit", "mm"]),
+        ("tsdf_7scenes_16", "folder", ["--folder.unit", "mm", "--folder.missing", "[65535]"]),
+        ("pcl_kinect_mosd", "folder", []),
+    ],
+)
+def test_real_files_are_prepared_checked_and_trained_on(tmp_path, name, dataset, options):
+    if not (REAL / name).is_dir():
+        pytest.skip(f"shared/realdata/{name} is not beside this checkout")
+    shards, out = tmp_path / "shards", tmp_path / "run"
+    assert run("prep", dataset, "--root", REAL / name, "--out", shards, "--workers", 1, *options) == 0
+    assert run("check", shards) == 0
+    total = json.loads((shards / "manifest.json").read_text())["total"]
+    batch = ["--train.batch", 2] if total < 4 else []
+    assert run("pretrain", *SMALL, *batch, "--data.shards", shards, "--out", out) == 0
+    assert len((out / "metrics.jsonl").read_text().splitlines()) >= 1
+    assert list(out.glob("checkpoints/step-00000003.pt"))
+
+
+def test_the_demo_in_small_makes_every_file_and_fails_its_gate_honestly(tmp_path, capsys):
+    """Three steps cannot beat random initialisation by six points: the demo must say so and exit 4."""
+    small = yaml.safe_load((ROOT / "configs" / "pretrain_demo.yaml").read_text())
+    small["train"] |= {"batch": 8}
+    small["crops"] |= {"global_size": 42, "local_size": 28, "local_crops": 2}
+    small["data"] |= {"workers": 0}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    words = ["--recipe", tmp_path / "small.yaml", "--mvtec3d", 4, "--eyecandies", 2, "--test", 4, "--size", 48]
+    out = tmp_path / "demo"
+    assert run("demo", "--out", out, *words, "--steps", 3, "--image_size", 56) == 4
+    assert "demo: " in capsys.readouterr().err.splitlines()[-1]
+    results = json.loads((out / "run" / "results.json").read_text())
+    assert results["parity"]["passed"] and not results["gate"]["passed"]
+    page = (out / "run" / "report.html").read_text()
+    assert "http" not in page.split("<body")[1].split("src=")[0] and "data:image/png;base64," in page
+    for name in ("transformers/model.safetensors", "timm/model.safetensors", "transformers/README.md"):
+        assert (out / "export" / name).is_file()
+    card = (out / "export/transformers/README.md").read_text()
+    assert "rendered parts in the layout of mvtec3d" in card and "\ndatasets:" not in card
+    assert run("demo", "--out", tmp_path) == 2  # a folder that is no earlier demo is left alone
+    assert out.is_dir()
+
+
+def test_an_installed_wheel_works_away_from_the_checkout(tmp_path):
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".git", ".venv*", "demo", "*.egg-info", "__pycache__", "build")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    built = subprocess.run(pip, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    site = tmp_path / "site"
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+        metadata = next(name for name in wheel.namelist() if name.endswith("METADATA"))
+        assert "Requires-Dist: torch>=" in wheel.read(metadata).decode()
+    shutil.rmtree(source)
+    command = [sys.executable, "-P", "-m", "dino_depth.cli"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
+
+    def installed(*words) -> subprocess.CompletedProcess:
+        done = subprocess.run([*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    printed = yaml.safe_load(installed("pretrain", "--config", "pretrain_demo", "--print_config").stdout)
+    assert printed["model"]["dim"] == 128
+    installed("synth", "mvtec3d", "--out", "raw", "--per_category", "2", "--categories", "2", "--size", "48")
+    installed("prep", "mvtec3d", "--root", "raw", "--out", "shards")
+    installed("check", "shards")
+    where = subprocess.run(
+        [sys.executable, "-P", "-c", "import dino_depth, data_prep; print(dino_depth.__file__, data_prep.__file__)"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert where.count(str(site)) == 2
+
+
+BAD = [
+    (["prep", "mvtec4d", "--root", ".", "--out", "o"], 2, "did you mean 'mvtec3d'"),
+    (["prep", "mvtec3d", "--root", "empty", "--out", "o"], 3, "empty"),
+    (["prep", "mvtec3d", "--root", "nowhere", "--out", "o"], 3, "nowhere"),
+    (["prep", "mvtec3d", "--root", "empty"], 2, "out"),
+    (["prep"], 2, "DATASET"),
+    (["synth", "eyecandy", "--out", "o"], 2, "eyecandies"),
+    (["synth", "mvtec3d", "--out", "full"], 2, "full"),
+    (["check", "nowhere"], 3, "nowhere"),
+    (["check", "full"], 3, "manifest.json"),
+    (["pretrain", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+    (["pretrain", "--data.shards", "nowhere", "--out", "o"], 3, "nowhere"),
+    (["probe", "nowhere", "--shards", "nowhere"], 2, "nowhere"),
+    (["export", "nowhere", "--out", "o"], 2, "nowhere"),
+    (["demo", "--out", "full"], 2, "full"),
+]
+
+
+@pytest.mark.parametrize("words, code, text", BAD, ids=[" ".join(words) for words, *_ in BAD])
+def test_bad_input_is_one_line_and_a_code(tmp_path, monkeypatch, capsys, words, code, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert run(*words) == code
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1 and error.startswith("dino-depth: ")
+    assert not (tmp_path / "o").exists()
