@@ -31,7 +31,8 @@ from torchvision.transforms.v2 import functional
 
 from dino_depth.config import CropConfig
 from dino_depth.errors import GateError
-from dino_depth.pretrain.crops import multi_crop, resample
+from dino_depth.pretrain.crops import multi_crop
+from dino_depth.resample import resample
 
 SIDE = 800
 EACH, ONCE = 12, 2  # least ratios to the two peers

@@ -31,7 +31,7 @@ class DemoConfig:
         recipe: configuration of the pretraining, a file or the name of a shipped one.
         mvtec3d: training maps per category in MVTec 3D-AD's layout.
         eyecandies: training maps per category in Eyecandies' layout.
-        test: test maps per category in the first; half as many in the second.
+        test: test maps per category in MVTec 3D-AD's layout, which the probe runs on.
         size: side of the rendered maps, pixels.
         steps: of the pretraining; 0 keeps the configuration's.
         image_size: side the exported encoder's positions are stored at, pixels.
@@ -40,8 +40,8 @@ class DemoConfig:
 
     out: str = "demo"
     recipe: str = "pretrain_demo"
-    mvtec3d: int = 160
-    eyecandies: int = 32
+    mvtec3d: int = 176
+    eyecandies: int = 8
     test: int = 80
     size: int = 144
     steps: int = 0
@@ -75,7 +75,7 @@ def demo(config: DemoConfig):
     run, seconds, folders = out / "run", {}, []
     for layout, count, test in (
         ("mvtec3d", config.mvtec3d, config.test),
-        ("eyecandies", config.eyecandies, config.test // 2),
+        ("eyecandies", config.eyecandies, 0),
     ):
         raw, shards = str(out / "raw" / layout), str(out / "shards" / layout)
         with _stage(f"render raw data as {layout}", seconds):
@@ -83,7 +83,7 @@ def demo(config: DemoConfig):
                 SynthConfig(layout, raw, per_category=count, test_per_category=test, size=config.size, seed=config.seed)
             )
         with _stage(f"prepare and check shards of {layout}", seconds):
-            prepare(PrepareConfig(layout, raw, shards))
+            prepare(PrepareConfig(layout, raw, shards, samples_per_shard=256))
             check(CheckConfig(shards))
         folders.append(shards)
     with _stage("pretrain", seconds):
@@ -92,7 +92,7 @@ def demo(config: DemoConfig):
         words += ["--train.steps", str(config.steps)] if config.steps else []
         pretrain(parse(PretrainConfig, words, "dino-depth pretrain"))
     with _stage("probe", seconds):
-        probed = probe(ProbeConfig(str(run), folders, out=str(run / "probe.json"), seed=config.seed))
+        probed = probe(ProbeConfig(str(run), folders[0], out=str(run / "probe.json"), seed=config.seed))
     with _stage("export", seconds):
         exported = out / "export"
         export(ExportConfig(str(run), str(exported), image_size=config.image_size))
@@ -105,7 +105,7 @@ def demo(config: DemoConfig):
     }
     with _stage("report", seconds):
         (run / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        write_report(run, results, folders, run / "report.html")
+        write_report(run, results, folders[0], run / "report.html")
     print(f"\nencoder  {exported}/transformers and {exported}/timm\nreport   {run}/report.html")
     if failures:
         raise GateError("demo: " + "; ".join(failures))

@@ -62,6 +62,6 @@ def test_no_photometric_operation_exists():
 def test_nothing_is_unpickled_or_executed():
     for path in SOURCES:
         text = path.read_text()
-        assert not re.search(r"\bpickle\b|yaml\.load\(|\beval\(|\bexec\(|trust_remote_code=True", text), path
+        assert not re.search(r"\bpickle\b|yaml\.load\(|(?<![.\w])(?:eval|exec)\(|trust_remote_code=True", text), path
         for call in re.findall(r"(?:torch|np|numpy)\.load\([^)]*\)", text):
             assert "weights_only=True" in call or "allow_pickle=False" in call, (path, call)

@@ -6,7 +6,8 @@ import torch
 
 from dino_depth.config import CropConfig
 from dino_depth.errors import ConfigError
-from dino_depth.pretrain.crops import Pyramid, check_crops, draw_crops, multi_crop, resample
+from dino_depth.pretrain.crops import check_crops, draw_crops, multi_crop
+from dino_depth.resample import Pyramid, fit_square, resample
 
 GENERATOR = np.random.default_rng(0)
 
@@ -316,3 +317,13 @@ def test_cuda_matches_cpu():
     there = resample(values.cuda(), valid.cuda(), affines, 56).cpu()
     differs = abs(here - there) > 1e-3  # a weight of one half may be decided either way
     assert differs.float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("height, width", [(32, 64), (64, 32), (64, 64)])
+def test_fit_square_centres_the_map_in_missing_pixels(height, width):
+    values = torch.rand(height, width) + 1
+    square = fit_square(values, torch.ones(height, width, dtype=torch.bool), 64)[0]
+    top, left = (64 - height) // 2, (64 - width) // 2
+    inner = square[top : top + height, left : left + width]
+    assert torch.allclose(inner, values, atol=1e-5)
+    assert square.sum().item() == pytest.approx(inner.sum().item())
