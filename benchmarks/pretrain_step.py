@@ -19,10 +19,10 @@ import time
 import torch
 
 from dino_depth.config import PretrainConfig
+from dino_depth.device import autocast, pick_device, reuse_memory
 from dino_depth.pretrain.masks import draw_masks
 from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
 from dino_depth.pretrain.student_teacher import Batch, Networks, student_losses, teacher_targets, update_teacher
-from dino_depth.pretrain.train import autocast, pick_device, reuse_memory
 
 
 def measure(batch: int, dtype: str, steps: int, threads: int, drop_path: float, profile: bool) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from dino_depth.device import has_bfloat16_units
 from dino_depth.vit import probe_attention
 
 __all__ = ["DoctorConfig", "doctor"]
@@ -67,7 +68,8 @@ def doctor(config: DoctorConfig):
     for name, value in rows:
         print(f"{name:19} {value}"[:79])
     workers = max(0, cores - 1) if cores > 2 else 0
-    print(f"\nA run will use {device}, bf16 matrix products, attention {working[0]}" if working else "\nNo attention")
+    products = "bfloat16" if has_bfloat16_units(torch.device(device)) else "float32 (no bfloat16 units)"
+    print(f"\nA run will use {device}, matrix products in {products}, attention {working[0]}")
     print(f"Suggested on this machine: --data.workers {workers}")
     usable = [name for name in working if name != "grouped"]
     if usable:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -296,6 +297,7 @@ def test_a_corrupt_sample_is_named_in_one_line(tiny, shards, tmp_path, workers):
     with pytest.raises(DataError, match=f"{reader.paths[entry.shard].name}: sample {entry.meta['key']}") as error:
         pretrain(copy(tiny, tiny.out, data={"shards": str(folder), "workers": workers}))
     assert "\n" not in str(error.value)
+    assert multiprocessing.active_children() == []
 
 
 def test_shards_that_are_missing_short_or_undescribed(tiny, shards, tmp_path):

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_depth.config import PretrainConfig, load_config
+from dino_depth.device import pick_device
 from dino_depth.encoder import Encoder
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.pretrain.checkpoint import load_encoder_or_run, load_run_encoder
@@ -299,9 +300,7 @@ def probe(config: ProbeConfig) -> dict:
     """
     if config.neighbours < 1 or config.batch < 1 or config.bootstrap < 1:
         raise ConfigError("neighbours, batch and bootstrap must be at least 1")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device; run dino-depth doctor")
-    device = "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    device = pick_device(config.device)
     trained, random = (encoder.to(device) for encoder in load_with_twin(config.encoder, config.seed, config.size))
     result = probe_encoders(trained, random, config)
     print_table(result)

@@ -1,10 +1,7 @@
 """The pretraining loop."""
 
 import contextlib
-import ctypes
-import os
 import signal
-import sys
 import threading
 import time
 
@@ -14,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from dino_depth import distributed
 from dino_depth.config import PretrainConfig
 from dino_depth.depth import normalize
+from dino_depth.device import autocast, pick_device, reuse_memory
 from dino_depth.errors import ConfigError, Interrupted, ReportedError
 from dino_depth.pretrain import checkpoint
 from dino_depth.pretrain.crops import check_crops, multi_crop
@@ -26,7 +24,7 @@ from dino_depth.pretrain.student_teacher import Batch, Networks, student_losses,
 from dino_depth.progress import Progress, peak_memory
 from dino_depth.vit import probe_attention, resize_position_embedding
 
-__all__ = ["autocast", "make_loader", "pick_device", "pretrain", "reuse_memory"]
+__all__ = ["make_loader", "pretrain"]
 
 BAD_STEPS = 3  # steps without a finite loss, in a row, that end a run
 PARTS = ("backbone", "dino_head", "ibot_head")
@@ -120,16 +118,6 @@ def make_loader(shards: DepthShards, config: PretrainConfig, first_step: int, de
     )
 
 
-def reuse_memory():
-    """Keeps freed memory in the process: a step frees and asks again for hundreds of megabytes of temporaries, and
-    giving them back to the kernel costs a tenth of a CPU step in page faults."""
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(OSError, AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-                mallopt(parameter, value)
-
-
 def _check(config: PretrainConfig, shards: DepthShards, device: torch.device):
     train, ranks = config.train, distributed.world_size()
     if train.steps < 1 or train.batch < 1 or train.accumulate < 1 or train.keep < 1 or train.checkpoint_every < 1:
@@ -149,30 +137,6 @@ def _check(config: PretrainConfig, shards: DepthShards, device: torch.device):
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     if reason := probe_attention(config.model.attention, device.type, dtype):
         raise ConfigError(f"model.attention {config.model.attention} does not work here: {reason}")
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bfloat16 matrix products, for ``bf16`` on a device that has units for them.
-
-    A CPU without such units (AMX) multiplies float32 faster, 1.5 times where it was measured.
-    """
-    units = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and units)
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` as a device of this process's rank.
-
-    Raises:
-        ConfigError: ``cuda`` was asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device cuda: torch sees no CUDA device; run dino-depth doctor")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
 
 
 def pretrain(config: PretrainConfig):
@@ -250,9 +214,18 @@ def _run(config: PretrainConfig, device: torch.device):
         run.close()
 
 
+@contextlib.contextmanager
+def _loading(shards: DepthShards, config: PretrainConfig, first_step: int, device: torch.device):
+    loader = make_loader(shards, config, first_step, device)
+    try:
+        yield loader
+    finally:
+        # An error's traceback would keep the iterator alive, and with it the worker processes.
+        getattr(loader, "_shutdown_workers", lambda: None)()
+
+
 def _loop(config, device, shards, student, teacher, optimizer, gate, run, first, bad, stop):
     train, passes = config.train, config.train.accumulate
-    loader = make_loader(shards, config, first, device)
     since, since_step, seconds_waiting = time.perf_counter(), first, 0.0
     progress = Progress("pretrain", train.steps, "steps", first) if run.writes else contextlib.nullcontext()
 
@@ -264,7 +237,7 @@ def _loop(config, device, shards, student, teacher, optimizer, gate, run, first,
             checkpoint.prune(run.path, train.keep)
             run.log.info("checkpoint after step %d", done)
 
-    with progress:
+    with progress, _loading(shards, config, first, device) as loader:
         for step in range(first, train.steps):
             now = schedule(config, step)
             set_rates(optimizer, now)
