@@ -53,7 +53,8 @@ def main():
     for kind, plane in (("plane", "1"), ("floating", "0")):
         raw, shards = work / "raw" / kind, work / "shards" / kind
         if not raw.exists():
-            words = ["--per_category", str(options.per_category), "--test_per_category", "50", "--size", "144"]
+            words = ["--per_category", str(options.per_category), "--size", "144"]
+            words += ["--test_per_category", "0", "--validation_per_category", "50"]
             call("synth", "mvtec3d", "--out", str(raw), "--plane", plane, *words)
         call("prep", "mvtec3d", "--root", str(raw), "--out", str(shards))
     cells = [(method, seed) for method in METHODS for seed in range(options.seeds)]

@@ -339,3 +339,13 @@ def test_a_folder_with_files_is_refused_and_left_alone(tmp_path):
 def test_workers_import_no_torch():
     code = "import sys, data_prep.synthetic.layouts.mvtec3d, data_prep.synthetic.layouts.eyecandies; "
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)
+
+
+def test_floating_parts_show_every_kind_of_defect(tmp_path):
+    """Without a supporting plane a part is seen from any side, also from where one kind of defect never shows."""
+    config = SynthConfig(
+        "mvtec3d", str(tmp_path / "o"), 1, size=64, test_per_category=24, categories=2, plane=0.0, workers=1
+    )
+    synth(config)
+    masks = [path for path in (tmp_path / "o").glob("*/test/*/gt/*.png") if path.parents[1].name != "good"]
+    assert len(masks) == 24 and all(np.asarray(Image.open(path)).any() for path in masks)

@@ -16,6 +16,7 @@ from dino_depth.errors import DataError
 __all__ = ["Counts", "Sample", "Setup", "Shot", "generator", "shoot"]
 
 ATTEMPTS = 40
+POSES = 8  # a part that floats freely can show a side on which a kind of defect never shows
 SHOTS_PER_PART = 4  # consecutive samples show the same part in other poses
 
 
@@ -89,7 +90,8 @@ def shoot(
     """Draws a part, a pose and the background, and renders them.
 
     A defective part is rendered with and without its defect in the same pose; the mask is where depth or normal differ.
-    Draws whose defect is hidden, tiny, or alters most of the part are replaced by other, gradually larger ones.
+    Draws whose defect is hidden, tiny, or alters most of the part are replaced by other, gradually larger ones, and
+    after ``ATTEMPTS`` of them by another pose.
 
     Args:
         key: what the shape of the part depends on besides the sample: the seed and the layout.
@@ -102,32 +104,35 @@ def shoot(
     batch = sample.index // SHOTS_PER_PART
     part, vertices, faces = _photographed(sample.category, *key, sample.split, sample.label, batch)
     supported = bool(rng.random() < plane)
-    pose = draw_pose(vertices, camera, rng, setup.distances, setup.tilts, free=not supported)
-    planes = []
-    if supported:
-        planes.append((pose.up, float(pose.up @ pose.translation)))
-    if setup.wall:
-        planes.append(_wall(pose, supported, rng))
-    scene = Scene(pose.to_camera(vertices), faces, planes)
-    sound = scene.render(camera)
-    if defect is None:
-        return Shot(scene, sound, np.zeros(sound.part.shape, bool), camera, pose)
     enough = max(8, round(0.0008 * camera.size**2))
-    for attempt in range(ATTEMPTS):
-        point, normal = _place(sound, camera, rng)
-        if defect == "paint":
-            radius = (1 + 0.1 * attempt) * pose.scale * rng.uniform(0.05, 0.12)
-            points = camera.rays() * sound.depth[..., None]
-            damaged, seen, mask = scene, sound, sound.part & (np.linalg.norm(points - point, axis=-1) < radius)
-        else:
-            damaged = _damaged(defect, part, pose, point, normal, 1 + 0.1 * attempt, planes, rng)
-            if damaged is None:
-                continue
-            seen = damaged.render(camera)
-            mask = _changed(sound, seen, pose)
-        if enough <= mask.sum() <= 0.5 * sound.part.sum():
-            return Shot(damaged, seen, mask, camera, pose)
-    raise DataError(f"no visible {defect} found on a {sample.category} in {ATTEMPTS} draws at {camera.size} pixels")
+    for _ in range(POSES):
+        pose = draw_pose(vertices, camera, rng, setup.distances, setup.tilts, free=not supported)
+        planes = []
+        if supported:
+            planes.append((pose.up, float(pose.up @ pose.translation)))
+        if setup.wall:
+            planes.append(_wall(pose, supported, rng))
+        scene = Scene(pose.to_camera(vertices), faces, planes)
+        sound = scene.render(camera)
+        if defect is None:
+            return Shot(scene, sound, np.zeros(sound.part.shape, bool), camera, pose)
+        for attempt in range(ATTEMPTS):
+            point, normal = _place(sound, camera, rng)
+            if defect == "paint":
+                radius = (1 + 0.1 * attempt) * pose.scale * rng.uniform(0.05, 0.12)
+                points = camera.rays() * sound.depth[..., None]
+                damaged, seen, mask = scene, sound, sound.part & (np.linalg.norm(points - point, axis=-1) < radius)
+            else:
+                damaged = _damaged(defect, part, pose, point, normal, 1 + 0.1 * attempt, planes, rng)
+                if damaged is None:
+                    continue
+                seen = damaged.render(camera)
+                mask = _changed(sound, seen, pose)
+            if enough <= mask.sum() <= 0.5 * sound.part.sum():
+                return Shot(damaged, seen, mask, camera, pose)
+    raise DataError(
+        f"no visible {defect} found on a {sample.category} in {POSES * ATTEMPTS} draws at {camera.size} pixels"
+    )
 
 
 def _wall(pose: Pose, supported: bool, rng: Generator) -> tuple[np.ndarray, float]:
