@@ -28,7 +28,8 @@ from dino_depth.errors import ConfigError, DataError, GateError, ReportedError
 from dino_depth.pretrain import checkpoint as checkpoints
 from dino_depth.pretrain.model_card import Subject, TrainingData, license_text, training_data, write_json, write_papers
 from dino_depth.pretrain.model_folders import missing_onnx_packages, write_onnx, write_timm, write_transformers
-from dino_depth.pretrain.parity import Model, compare, library_versions, worst
+from dino_depth.pretrain.parity import Model, compare, worst
+from dino_depth.pretrain.run_folder import library_versions
 from dino_depth.pretrain.shards import DepthShards
 from dino_depth.progress import Progress
 from dino_depth.vit import DepthTransformer, resize_position_embedding

@@ -17,8 +17,8 @@ from dino_depth import __version__
 from dino_depth.config import PretrainConfig
 from dino_depth.depth import Normalization
 from dino_depth.errors import ReportedError
-from dino_depth.pretrain.parity import library_versions, worst
-from dino_depth.pretrain.run_folder import git_revision
+from dino_depth.pretrain.parity import worst
+from dino_depth.pretrain.run_folder import git_revision, library_versions
 from dino_depth.pretrain.shards import DepthShards
 
 __all__ = ["Subject", "TrainingData", "license_text", "training_data", "write_json", "write_papers"]

@@ -1,6 +1,5 @@
 """The export gate: every published form of an encoder computes the training model's features."""
 
-import importlib.metadata
 import math
 from collections.abc import Callable, Iterable
 from itertools import combinations
@@ -8,12 +7,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-__all__ = ["compare", "library_versions", "worst"]
+__all__ = ["compare", "worst"]
 
 # Images (1, 1, side, side) -> tokens (1, 1 + patches, dim) after the final norm, the class token first.
 Model = Callable[[Tensor], Tensor]
-
-PACKAGES = ("torch", "timm", "transformers", "safetensors", "numpy", "onnx", "onnxscript", "onnxruntime")
 
 
 @torch.inference_mode()
@@ -60,17 +57,6 @@ def worst(report: dict) -> tuple[str, float | None]:
     }
     name = max(differences, key=lambda key: math.inf if differences[key] is None else differences[key])
     return name, differences[name]
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of the libraries whose code a comparison runs."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _largest(values: list[float]) -> float:

@@ -1,5 +1,6 @@
 """The files of a run: resolved configuration, environment, log, metrics and TensorBoard events."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -19,14 +20,33 @@ from dino_depth.config import PretrainConfig, load_config, save_config
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.pretrain.shards import DepthShards
 
-__all__ = ["RunFolder", "git_revision"]
+__all__ = ["RunFolder", "git_revision", "library_versions"]
 
 # Settings that do not change what is computed, and may differ between a run and its resumption.
 FREE = {
-    "out", "resume", "data.shards", "data.workers", "data.resident", "model.attention", "train.accumulate",
+    "out", "resume", "data.shards", "data.workers", "data.resident", "model.attention",
     "train.checkpoint_every", "train.keep", "train.log_every", "train.threads", "train.device",
 }  # fmt: skip
-PACKAGES = ("torch", "timm", "numpy", "pillow", "transformers", "safetensors", "xformers")
+PACKAGES = (
+    "torch",
+    "timm",
+    "transformers",
+    "safetensors",
+    "huggingface_hub",
+    "numpy",
+    "pillow",
+    "xformers",
+    "onnxruntime",
+)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of those of ``PACKAGES`` that are installed."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def git_revision() -> str:
@@ -107,18 +127,12 @@ class RunFolder:
                 raise DataError(f"--resume: the samples of {config.data.shards} are not those {self.path} began with")
 
     def _environment(self, shards: DepthShards) -> dict:
-        versions = {}
-        for package in PACKAGES:
-            try:
-                versions[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                continue
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         return {
             "dino_depth": __version__,
             "git_revision": git_revision(),
             "python": platform.python_version(),
-            "packages": versions,
+            "packages": library_versions(),
             "platform": platform.platform(),
             "processors": os.cpu_count(),
             "gpu": gpu,
