@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 METHODS = ("plane", "minmax", "log", "max")
-FIGURES = ("knn_class", "knn_patch", "normal_mean", "curvature")
+FIGURES = ("knn_class", "knn_patch", "normal", "curvature")
 
 
 def call(*words: str):
@@ -75,7 +75,7 @@ def _cell(figures: list[dict]) -> str:
     trained = sum(figure["trained"]["value"] for figure in figures) / len(figures)
     random = sum(figure["random"]["value"] for figure in figures) / len(figures)
     width = max(figure["gain"]["high"] - figure["gain"]["low"] for figure in figures) / 2
-    return f"{random:.3f} -> {trained:.3f} (+{trained - random:.3f} ± {width:.3f})"
+    return f"{random:.3f} -> {trained:.3f} ({trained - random:+.3f} ± {width:.3f})"
 
 
 if __name__ == "__main__":
