@@ -1,10 +1,12 @@
 """The loop: exact resume, signals, faults, data order and the run folder."""
 
 import dataclasses
+import errno
 import json
 import math
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -331,17 +333,20 @@ def test_indexed_samples_equal_those_of_webdataset(shards):
     assert all(np.array_equal(reader.sample(i)[0].depth, fresh.sample(i)[0].depth) for i in range(0, 84, 9))
 
 
-def test_a_failed_save_leaves_the_last_checkpoint(tiny, monkeypatch):
-    def full(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device", "disk")
-
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tiny):
+    """The limit on a file's size stands in for the disk's: the write itself fails, inside torch.save."""
     pretrain(copy(tiny, tiny.out, train={"steps": 2}))
-    monkeypatch.setattr(torch, "save", full)
-    path = checkpoint.checkpoint_path(Path(tiny.out), 3)
-    with pytest.raises(OSError):
-        checkpoint.save({}, path)
-    assert [p.name for p in Path(tiny.out, "checkpoints").iterdir()] == ["step-00000002.pt"]
+    before = {path.name: path.read_bytes() for path in Path(tiny.out, "checkpoints").iterdir()}
+    state = final_state(tiny.out)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="step-00000003") as error:
+            checkpoint.save(state, checkpoint.checkpoint_path(Path(tiny.out), 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
+    assert {path.name: path.read_bytes() for path in Path(tiny.out, "checkpoints").iterdir()} == before
 
 
 def test_checkpoints_are_never_executed(tmp_path):

@@ -40,7 +40,11 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def save(state: dict, path: Path):
-    """Writes a checkpoint so that a crash at any moment leaves either the whole file or none."""
+    """Writes a checkpoint so that a crash at any moment leaves either the whole file or none.
+
+    Raises:
+        OSError: the file cannot be written; the disk is full, say.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     try:
@@ -49,8 +53,12 @@ def save(state: dict, path: Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        # When a write fails, torch's zip writer raises an error of its own over the reason.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError):
+            raise OSError(reason.errno, reason.strerror, str(path)) from None
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
