@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from dino_depth import distributed
 from dino_depth.config import PretrainConfig
 from dino_depth.depth import normalize
-from dino_depth.device import autocast, pick_device, reuse_memory
+from dino_depth.device import autocast, has_bfloat16_units, pick_device, reuse_memory
 from dino_depth.errors import ConfigError, Interrupted, ReportedError
 from dino_depth.pretrain import checkpoint
 from dino_depth.pretrain.crops import check_crops, multi_crop
@@ -204,7 +204,9 @@ def _run(config: PretrainConfig, device: torch.device):
         if config.data.resident:
             shards.make_resident()
         run.open_metrics(first)
-        run.log.info("%s at step %d of %d on %s", "resumed" if first else "started", first, config.train.steps, device)
+        products = "bfloat16" if config.train.precision == "bf16" and has_bfloat16_units(device) else "float32"
+        begun = "resumed" if first else "started"
+        run.log.info("%s at step %d of %d on %s, %s products", begun, first, config.train.steps, device, products)
         with _Stop() as stop:
             _loop(config, device, shards, student, teacher, optimizer, gate, run, first, bad, stop)
     except Exception as error:
