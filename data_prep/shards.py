@@ -310,8 +310,11 @@ def _origin(root: Path) -> dict:
     """What a rendered tree says of itself: its licence is not that of the dataset whose layout it has."""
     for folder in (root, root.parent):
         if (folder / SYNTHETIC).is_file():
-            stated = json.loads((folder / SYNTHETIC).read_text(encoding="utf-8"))
-            return {"licence": str(stated["licence"]), "synthetic": True}
+            try:
+                stated = json.loads((folder / SYNTHETIC).read_text(encoding="utf-8"))
+                return {"licence": str(stated["licence"]), "synthetic": True}
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{folder / SYNTHETIC}: not what synth writes: {error!r}") from None
     return {"synthetic": False}
 
 

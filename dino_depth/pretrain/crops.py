@@ -27,7 +27,7 @@ def check_crops(config: CropConfig):
     Raises:
         ConfigError: a value is outside its range.
     """
-    for name, smallest in (("global_size", 1), ("local_size", 1), ("local_crops", 0)):
+    for name, smallest in (("global_size", 1), ("local_size", 1), ("local_crops", 1)):
         if getattr(config, name) < smallest:
             raise ConfigError(f"crops.{name} must be at least {smallest}, got {getattr(config, name)}")
     for name, largest in (("global_scale", 1), ("local_scale", 1), ("aspect", math.inf)):
