@@ -10,27 +10,36 @@ differs between splits. ROOT may also be one category's folder.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from data_prep.formats import decode_png, read_file
-from data_prep.item import DepthItem, relative_source, subfolders, unexpected_layout
+from data_prep.formats import decode_png
+from data_prep.item import Item, Published, find_items
+from data_prep.tree import RawFile, RawTree
 from dino_depth.depth import DepthMap
 from dino_depth.errors import DataError
 
-__all__ = ["describe", "items", "read"]
+__all__ = ["PUBLISHED", "describe", "items", "read"]
 
 LICENCE = "Eyecandies, no data licence stated by its repository (see eyecan-ai.github.io/eyecandies)"
 LAYOUT = "[<category>/]{train,val,test_public,test_private}/data/*_depth.png"
+PATTERN = r"(?:.*/)?(?P<category>[^/]+)/(?P<split>[^/]+)/data/(?P<index>[^/]+)_depth\.png"
 SPLITS = ("train", "val", "test_public", "test_private")
-SUFFIX = "_depth.png"
+CATEGORIES = (
+    "CandyCane", "ChocolateCookie", "ChocolatePraline", "Confetto", "GummyBear", "HazelnutTruffle",
+    "LicoriceSandwich", "Lollipop", "Marshmallow", "PeppermintCandy",
+)  # fmt: skip
+COUNTS = (
+    ("train", "good", 1000), ("val", "good", 100), ("test_public", "good", 25), ("test_public", "anomalous", 25),
+    ("test_private", "unknown", 400),
+)  # fmt: skip
+PUBLISHED: list[Published] = [(category, *count) for category in CATEGORIES for count in COUNTS]
 
 
-def items(root: Path) -> list[DepthItem]:
-    """Every depth map below ``root``, a dataset's or a category's folder.
+def items(tree: RawTree) -> list[Item]:
+    """Every depth map of a dataset or of one category.
 
     The label is "good" in ``train`` and ``val``, from the metadata ("good" or "anomalous") in ``test_public``, and
     "unknown" in ``test_private``.
@@ -38,38 +47,25 @@ def items(root: Path) -> list[DepthItem]:
     Raises:
         DataError: there is none, one lies in a folder that is no split of this dataset, or metadata are unreadable.
     """
-    categories = [root] if _maps(root) else subfolders(root)
-    found = [item for category in categories for item in _category_items(category, category.parent)]
-    if not found:
-        raise unexpected_layout(root, "eyecandies", LAYOUT)
-    return found
+
+    def make(name: str, source: str, place: dict[str, str]) -> Item:
+        start = name.removesuffix("depth.png")
+        mask = {"mask": source.removesuffix("depth.png") + "mask.png"} if f"{start}mask.png" in tree else {}
+        beside = {key: f"{start}{key}.yaml" for key in ("info_depth", "metadata")}
+        companions = {key: tree[path] for key, path in beside.items() if path in tree}
+        label = _label(companions.get("metadata"), place["split"])
+        return Item(
+            "eyecandies", place["category"], place["split"], label, place["index"], tree[name], source, extra=mask,
+            companions=companions,
+        )  # fmt: skip
+
+    return find_items(tree, "eyecandies", PATTERN, LAYOUT, SPLITS, make)
 
 
-def _maps(category: Path) -> list[Path]:
-    return sorted(path for path in category.glob(f"*/data/*{SUFFIX}") if not path.name.startswith("."))
-
-
-def _category_items(category: Path, root: Path) -> list[DepthItem]:
-    found = []
-    for path in _maps(category):
-        split = path.parts[-3]
-        if split not in SPLITS:
-            raise DataError(f"{category / split} is no split of eyecandies: expected {', '.join(SPLITS)}")
-        index = path.name.removesuffix(SUFFIX)
-        mask = path.with_name(f"{index}_mask.png")
-        extra = {"mask": relative_source(mask, root)} if mask.is_file() else {}
-        source = relative_source(path, root)
-        found.append(
-            DepthItem("eyecandies", category.name, split, _label(path, split), index, path, source, extra=extra)
-        )
-    return found
-
-
-def _label(path: Path, split: str) -> str:
+def _label(metadata: RawFile | None, split: str) -> str:
     if split in ("train", "val"):
         return "good"
-    metadata = path.with_name(path.name.removesuffix(SUFFIX) + "_metadata.yaml")
-    if split == "test_private" or not metadata.is_file():
+    if split == "test_private" or metadata is None:
         return "unknown"
     try:
         anomalous = _yaml(metadata)["anomalous"]
@@ -80,16 +76,16 @@ def _label(path: Path, split: str) -> str:
     return "anomalous" if anomalous else "good"
 
 
-def read(item: DepthItem) -> DepthMap:
+def read(item: Item) -> DepthMap:
     """The metric depth of a map.
 
     Raises:
         DataError: not a 16-bit PNG, or its bounds are absent, not numbers or in the wrong order.
     """
-    codes = decode_png(read_file(item.path))
-    bounds = item.path.with_name(item.path.name.removesuffix(SUFFIX) + "_info_depth.yaml")
-    if not bounds.is_file():
-        raise DataError(f"its bounds are missing: no {bounds.name}")
+    codes = decode_png(item.file.read())
+    if "info_depth" not in item.companions:
+        raise DataError(f"its bounds are missing: no {item.stem}_info_depth.yaml")
+    bounds = item.companions["info_depth"]
     try:
         content = _yaml(bounds)
         low, high = (content["normalization"][key] for key in ("min", "max"))
@@ -100,13 +96,13 @@ def read(item: DepthItem) -> DepthMap:
     return DepthMap.from_values(codes / np.float64(65535) * (high - low) + low)
 
 
-def describe(items: list[DepthItem]) -> dict[str, str]:
+def describe(items: list[Item]) -> dict[str, str]:
     """For the manifest: the licence."""
     return {"licence": LICENCE}
 
 
-def _yaml(path: Path) -> Any:
+def _yaml(file: RawFile) -> Any:
     try:
-        return yaml.safe_load(read_file(path))
+        return yaml.safe_load(file.read())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"{path.name} is not readable YAML") from error
+        raise DataError(f"{file.name} is not readable YAML") from error

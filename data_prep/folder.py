@@ -11,15 +11,16 @@ names them.
     NYU raw       --folder.encoding nyu_raw          byte-swapped Kinect disparity
 """
 
+import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from data_prep.formats import decode_exr, decode_npy, decode_pgm, decode_png, decode_tiff, read_file
-from data_prep.item import DepthItem, relative_source, unexpected_layout
+from data_prep.formats import decode_exr, decode_npy, decode_pgm, decode_png, decode_tiff
+from data_prep.item import Item, unexpected_layout
 from data_prep.pcd import decode_pcd
+from data_prep.tree import RawFile, RawTree
 from dino_depth.depth import DepthMap
 from dino_depth.errors import ConfigError, DataError
 
@@ -67,27 +68,36 @@ class FolderOptions:
     encoding: Literal["linear", "sun_rgbd", "nyu_raw"] = "linear"
 
 
-def items(root: Path, options: FolderOptions) -> list[DepthItem]:
-    """Every depth file below ``root``.
+def items(tree: RawTree, options: FolderOptions) -> list[Item]:
+    """Every depth file of a folder.
 
     Raises:
         ConfigError: an option is out of range, contradicts another, or ``glob`` names a file of another format.
         DataError: there is no depth file.
     """
     _check(options)
-    try:
-        paths = [path for path in root.glob(options.glob or "**/*") if path.is_file()]
-    except (NotImplementedError, ValueError) as error:
-        raise ConfigError(f"folder.glob {options.glob!r} is not a pattern below root: {error}") from error
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    foreign = sorted(path for path in paths if path.suffix.lower() not in SUFFIXES)
-    if foreign and options.glob:
+    formats = "|".join(suffix[1:] for suffix in SUFFIXES)
+    found = tree.find(f"[^/]+/(?:{_expression(options.glob)})" if options.glob else rf".*\.(?i:{formats})")
+    names = [name for _, name in found]
+    foreign = [name for name in names if tree[name].suffix not in SUFFIXES]
+    if foreign:
         raise ConfigError(f"folder.glob matches {foreign[0]}, which is none of {', '.join(SUFFIXES)}: narrow it")
-    found = [_item(path, root, options) for path in paths if path.suffix.lower() in SUFFIXES]
-    if not found:
+    if not names:
         pattern = options.glob or " ".join(f"*{suffix}" for suffix in SUFFIXES)
-        raise unexpected_layout(root, "folder", f"files matching {pattern}")
-    return found
+        raise unexpected_layout(tree, "folder", f"files matching {pattern}")
+    return [_item(tree, name, options) for name in names]
+
+
+def _expression(glob: str) -> str:
+    """A glob as a regular expression: ``*`` and ``?`` stay within a folder's name, ``**/`` is any number of folders."""
+    if glob.startswith("/") or ".." in glob.split("/"):
+        raise ConfigError(f"folder.glob {glob!r} is not a pattern below root")
+    wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^/\]]+\])", glob)
+    return "".join(
+        wildcards.get(piece) or (piece.replace("[!", "[^") if piece.startswith("[") else re.escape(piece))
+        for piece in pieces
+    )
 
 
 def _check(options: FolderOptions):
@@ -105,24 +115,23 @@ def _check(options: FolderOptions):
         raise ConfigError(f"folder.channel must be 0 or more, got {options.channel}")
 
 
-def _item(path: Path, root: Path, options: FolderOptions) -> DepthItem:
-    source = relative_source(path, root)
-    folders = source.split("/")[:-1]
+def _item(tree: RawTree, source: str, options: FolderOptions) -> Item:
+    file, folders = tree[source], source.split("/")[:-1]
     if not options.split and not folders:
-        raise DataError(f"{path} lies in no folder that could name its split: give folder.split")
+        raise DataError(f"{file} lies in no folder that could name its split: give folder.split")
     split = options.split or folders.pop(0)
     category = options.category or (folders[-1] if folders else UNSORTED)
     # Folders that the category does not tell keep equal names in different folders apart.
-    stem = "-".join([*(folders if options.category else folders[:-1]), path.stem])
-    return DepthItem(options.name, category, split, options.label, stem, path, source, options=options)
+    stem = "-".join([*(folders if options.category else folders[:-1]), file.stem])
+    return Item(options.name, category, split, options.label, stem, file, source, options=options)
 
 
-def describe(items: list[DepthItem]) -> dict[str, str]:
+def describe(items: list[Item]) -> dict[str, str]:
     """For the manifest: the licence."""
     return {"licence": items[0].options.licence}
 
 
-def read(item: DepthItem) -> DepthMap:
+def read(item: Item) -> DepthMap:
     """The depth of a file.
 
     Raises:
@@ -130,7 +139,7 @@ def read(item: DepthItem) -> DepthMap:
             pixel.
     """
     options: FolderOptions = item.options
-    values = _values(item.path, options.channel)
+    values = _values(item.file, options.channel)
     missing = ~np.isfinite(values)
     for value in options.missing:
         missing |= values == value
@@ -166,16 +175,13 @@ def _kinect_depth(disparity: np.ndarray) -> np.ndarray:
     return np.where((depth > 0) & (depth <= 10), depth, 0)
 
 
-def _values(path: Path, channel: int) -> np.ndarray:
+def _values(file: RawFile, channel: int) -> np.ndarray:
     """(height, width) stored values."""
-    suffix = path.suffix.lower()
-    if suffix == ".exr":
-        values = decode_exr(path)
-    elif suffix == ".pcd":
-        values = decode_pcd(read_file(path), channel)
+    if file.suffix == ".pcd":
+        values = decode_pcd(file.read(), channel)
     else:
-        decoders = {".png": decode_png, ".pgm": decode_pgm, ".npy": decode_npy}
-        values = decoders.get(suffix, decode_tiff)(read_file(path))
+        decoders = {".png": decode_png, ".pgm": decode_pgm, ".npy": decode_npy, ".exr": decode_exr}
+        values = decoders.get(file.suffix, decode_tiff)(file.read())
     if values.ndim == 2:
         return values
     if values.shape[2] > values.shape[0]:

@@ -8,50 +8,37 @@ import io
 import logging
 import re
 import struct
+import tempfile
 from collections.abc import Callable
 from functools import wraps
 from math import prod
-from pathlib import Path
 
 import numpy as np
 import tifffile
 from PIL import Image
 
+from data_prep.tree import RawFile
 from dino_depth.depth import read_codes
 from dino_depth.errors import ConfigError, DataError
 
 __all__ = [
     "check_shape",
     "decode_exr",
+    "decode_image",
     "decode_npy",
     "decode_pgm",
     "decode_png",
     "decode_tiff",
     "decoder",
     "image_size",
-    "read_file",
 ]
 
-LARGEST_FILE = 2**31
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LARGEST_MAP = 100_000_000
 LARGEST_CHANNELS = 4
 
 # What tifffile has to say about a broken file becomes the reason of the DataError.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of a file of at most 2 GiB."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}") from error
-    if not content:
-        raise DataError("the file is empty")
-    if len(content) > LARGEST_FILE:
-        raise DataError(f"the file is larger than {LARGEST_FILE >> 30} GiB")
-    return content
 
 
 def check_shape(shape: tuple[int, ...]):
@@ -88,7 +75,7 @@ def _timeless(error: Exception) -> str:
 @decoder("PNG")
 def decode_png(content: bytes) -> np.ndarray:
     """The (height, width) uint16 codes of a single-channel 16-bit PNG."""
-    if content[:8] != b"\x89PNG\r\n\x1a\n" or content[12:16] != b"IHDR" or len(content) < 26:
+    if content[:8] != PNG_SIGNATURE or content[12:16] != b"IHDR" or len(content) < 26:
         raise DataError("not a PNG file")
     width, height, bits, colour = struct.unpack(">IIBB", content[16:26])
     if bits != 16 or colour != 0:
@@ -147,10 +134,8 @@ def decode_npy(content: bytes) -> np.ndarray:
     return values.reshape(shape, order="F" if column_major else "C")
 
 
-def decode_exr(path: Path) -> np.ndarray:
+def decode_exr(content: bytes) -> np.ndarray:
     """The depth of an OpenEXR file: channel Z, or the only channel, or R, G and B as (height, width, 3).
-
-    Takes the path because the library reads files only.
 
     Raises:
         ConfigError: the package OpenEXR is not installed.
@@ -163,13 +148,11 @@ def decode_exr(path: Path) -> np.ndarray:
         raise ConfigError("reading .exr files needs the package OpenEXR") from error
 
     @decoder("OpenEXR")
-    def decode(content: bytes) -> np.ndarray:
-        if content[:4] != b"\x76\x2f\x31\x01":
-            raise DataError("not an OpenEXR file")
-        with OpenEXR.File(str(path), header_only=True) as file:
+    def decode(path: str) -> np.ndarray:
+        with OpenEXR.File(path, header_only=True) as file:
             low, high = file.header()["dataWindow"]
         check_shape(tuple(int(value) for value in (high - low + 1)[::-1]))
-        with OpenEXR.File(str(path), separate_channels=True) as file:
+        with OpenEXR.File(path, separate_channels=True) as file:
             channels = {name: np.array(channel.pixels) for name, channel in file.channels().items()}
         chosen = [name for name in channels if name.rsplit(".", 1)[-1].upper() == "Z"] or list(channels)
         if len(chosen) == 1:
@@ -178,8 +161,26 @@ def decode_exr(path: Path) -> np.ndarray:
             return np.stack([channels[name] for name in "RGB"], -1)
         raise DataError(f"channels {', '.join(sorted(channels))}: none is Z and there is more than one")
 
-    with open(path, "rb") as file:
-        return decode(file.read(4))
+    if content[:4] != b"\x76\x2f\x31\x01":
+        raise DataError("not an OpenEXR file")
+    # The library reads files only.
+    with tempfile.NamedTemporaryFile(suffix=".exr") as copy:
+        copy.write(content)
+        copy.flush()
+        return decode(copy.name)
+
+
+@decoder("image")
+def decode_image(content: bytes) -> np.ndarray:
+    """The (height, width, 3) uint8 colours of a PNG or JPEG image; grey is repeated.
+
+    Orientation marks of cameras are ignored: masks of these datasets lie on the pixels as they are stored.
+    """
+    with Image.open(io.BytesIO(content), formats=["PNG", "JPEG"]) as image:
+        check_shape((image.height, image.width))
+        if image.mode.startswith(("I", "F")):
+            raise DataError(f"an image of mode {image.mode}, 8 bits a channel are expected")
+        return np.asarray(image.convert("RGB"))
 
 
 def check_type(dtype: np.dtype):
@@ -188,10 +189,13 @@ def check_type(dtype: np.dtype):
         raise DataError(f"values of type {dtype} are not depth: floats or integers of 16 bits and more are")
 
 
-def image_size(path: Path) -> tuple[int, int] | None:
-    """(height, width) of an image from its header, None where there is no readable image."""
+def image_size(file: RawFile) -> tuple[int, int] | None:
+    """(height, width) of a PNG from its header; None where it is none or cannot be read."""
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        head = file.read_head()
+    except DataError:
         return None
+    if head[:8] != PNG_SIGNATURE or head[12:16] != b"IHDR" or len(head) < 24:
+        return None
+    width, height = struct.unpack(">II", head[16:24])
+    return height, width

@@ -1,15 +1,16 @@
-"""One depth file of a raw dataset: where it lies, what it shows, and its key in the shards."""
+"""One depth map or image of a raw dataset: where it lies, what it shows, and its key in the shards."""
 
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from data_prep.tree import RawFile, RawTree
 from dino_depth.errors import DataError
 
-__all__ = ["SYNTHETIC", "DepthItem", "relative_source", "sample_keys", "subfolders", "unexpected_layout"]
+__all__ = ["SYNTHETIC", "Item", "Published", "find_items", "sample_keys", "unexpected_layout"]
 
 # Lies at the root of a rendered tree and says so; real datasets have no such file.
 SYNTHETIC = "SYNTHETIC.json"
@@ -17,9 +18,14 @@ SYNTHETIC = "SYNTHETIC.json"
 LONGEST_NAME = 70
 
 
+# A published number of samples: category, split, label ("anomalous" is every label but good and unknown) and count;
+# None stands for all of them together.
+Published = tuple[str | None, str | None, str | None, int]
+
+
 @dataclass(frozen=True)
-class DepthItem:
-    """One depth file.
+class Item:
+    """One depth map, or one image to be turned into one.
 
     Attributes:
         dataset: name of the dataset in the shards.
@@ -27,11 +33,12 @@ class DepthItem:
         split: the dataset's own split name.
         label: "good", a defect's name, or "unknown" where the labels are not published.
         stem: the dataset's own name of the sample within its category, split and label.
-        path: the file to read.
-        source: ``path`` relative to the dataset's folder, with forward slashes.
+        file: the file to read.
+        source: its name from the category's folder on, with forward slashes.
         group: id of the scene; maps of one scene must not be parted by a split. None: every map is its own scene.
         extra: further JSON values that go into the sample's ``json``.
-        options: what the reader needs to decode the file.
+        companions: other files that the reader needs to decode this one.
+        options: the settings that it needs.
     """
 
     dataset: str
@@ -39,14 +46,15 @@ class DepthItem:
     split: str
     label: str
     stem: str
-    path: Path
+    file: RawFile
     source: str
     group: str | None = None
     extra: dict[str, str | int | float | None] = field(default_factory=dict)
+    companions: dict[str, RawFile] = field(default_factory=dict)
     options: Any = None
 
 
-def sample_keys(items: list[DepthItem]) -> list[str]:
+def sample_keys(items: list[Item]) -> list[str]:
     """The key ``dataset/category/split-label-stem`` of every item, unique without regard to case.
 
     WebDataset ends a key at the first dot of its last component, so every character but ASCII letters, digits, ``_``
@@ -79,29 +87,50 @@ def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
-def relative_source(path: Path, root: Path) -> str:
-    """``path`` below ``root`` with forward slashes."""
-    return path.relative_to(root).as_posix()
+def find_items(
+    tree: RawTree,
+    dataset: str,
+    pattern: str,
+    layout: str,
+    splits: tuple[str, ...],
+    make: Callable[[str, str, dict[str, str]], Item | None],
+) -> list[Item]:
+    """The items of every file that matches a layout.
+
+    Args:
+        pattern: for :meth:`RawTree.find`, with the groups ``category`` and ``split`` and any others.
+        layout: the same in words, for messages.
+        splits: the split names of the dataset.
+        make: makes the item of a file's name in the tree, its source and the groups; None leaves the file out.
+
+    Raises:
+        DataError: there is no such file, or one lies in a folder that is no split of this dataset.
+    """
+    found = []
+    for match, name in tree.find(pattern):
+        if match["split"] not in splits:
+            folder = tree.root / name[: match.end("split") - len(tree.name) - 1]
+            raise DataError(f"{folder} is no split of {dataset}: expected {', '.join(splits)}")
+        item = make(name, match[0][match.start("category") :], match.groupdict())
+        if item is not None:
+            found.append(item)
+    if not found:
+        raise unexpected_layout(tree, dataset, layout)
+    return found
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """The visible folders in ``folder``, sorted by name; empty where ``folder`` is no folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def unexpected_layout(root: Path, dataset: str, expected: str) -> DataError:
+def unexpected_layout(tree: RawTree, dataset: str, expected: str) -> DataError:
     """The error of a reader that finds none of its files: what it looked for and what lies there instead."""
     found: list[str] = []
-    folder = root
+    prefix = ""
     # One way down is enough to recognise a tree: the first folder of the first folder, and so on.
     for _ in range(4):
-        entries = sorted(folder.iterdir())
-        names = [entry.name + "/" * entry.is_dir() for entry in entries[:3]] + ["..."] * (len(entries) > 3)
-        found.append(", ".join(names))
-        folder = next((entry for entry in entries if entry.is_dir()), None)
+        inside = (name.removeprefix(prefix) for name in tree.names if name.startswith(prefix))
+        entries = sorted({name.partition("/")[0] + "/" * ("/" in name) for name in inside})
+        found.append(", ".join(entries[:3] + ["..."] * (len(entries) > 3)))
+        folder = next((entry for entry in entries if entry.endswith("/")), None)
         if folder is None:
             break
+        prefix += folder
     listing = " > ".join(names for names in found if names) or "nothing"
-    return DataError(f"{root} is not a {dataset} tree: expected {expected}, found {listing}")
+    return DataError(f"{tree.root} is not a {dataset} tree: expected {expected}, found {listing}")

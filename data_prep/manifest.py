@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 FORMAT = "dino-depth shards"
-VERSION = 1
+VERSION = 2
 KEYS = {
-    "format": str, "version": int, "datasets": list, "licence": str, "config": dict,
-    "config_hash": str, "versions": dict, "files_listed": dict, "total": int, "counts": dict, "shards": list,
-    "dropped": list,
+    "format": str, "version": int, "sources": dict, "config": dict, "config_hash": str, "versions": dict,
+    "total": int, "counts": dict, "shards": list,
 }  # fmt: skip
+SOURCE_KEYS = {"reader": str, "licence": str, "synthetic": bool, "files_listed": dict, "maps": int, "dropped": list}
 SHARD_KEYS = {"file": str, "sha256": str, "bytes": int, "samples": int}
 
 Counts = dict[str, dict[str, dict[str, dict[str, int]]]]
@@ -83,8 +84,8 @@ def sync_folder(folder: Path):
 
 
 def temporary_name(name: str) -> str:
-    """A name for an unfinished file that no other process uses, not even a dying worker of a killed run."""
-    return f"{name}.{os.getpid()}.tmp"
+    """A name for an unfinished file that no other process uses, here or elsewhere, not even one that is dying."""
+    return f"{name}.{socket.gethostname()}.{os.getpid()}.tmp"
 
 
 def write_json(path: Path, value: Any, scratch: Path):
@@ -118,6 +119,10 @@ def read_manifest(folder: Path) -> dict:
     if manifest.get("version") != VERSION:
         raise DataError(f"{path} has version {manifest.get('version')!r}, this program reads {VERSION}")
     _check_types(manifest, KEYS, str(path))
+    for name, source in manifest["sources"].items():
+        if not isinstance(source, dict):
+            raise DataError(f"{path}: sources.{name} is no object")
+        _check_types(source, SOURCE_KEYS, f"{path}: sources.{name}")
     for index, shard in enumerate(manifest["shards"]):
         if not isinstance(shard, dict):
             raise DataError(f"{path}: shards[{index}] is no object")

@@ -9,73 +9,72 @@ class_ids.json where it exists), so the label comes from the folder's name, neve
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 
-from data_prep.formats import decode_tiff, image_size, read_file
-from data_prep.item import DepthItem, relative_source, subfolders, unexpected_layout
+from data_prep.formats import decode_tiff, image_size
+from data_prep.item import Item, Published, find_items
+from data_prep.tree import RawTree
 from dino_depth.depth import DepthMap
 from dino_depth.errors import DataError
 
-__all__ = ["describe", "items", "read"]
+__all__ = ["PUBLISHED", "describe", "items", "read"]
 
 LICENCE = "MVTec 3D-AD, CC BY-NC-SA 4.0 (non-commercial)"
 LAYOUT = "[<category>/]{train,validation,test}/<label>/xyz/*.tiff"
+PATTERN = r"(?:.*/)?(?P<category>[^/]+)/(?P<split>[^/]+)/(?P<label>[^/]+)/xyz/(?P<stem>[^/]+)\.(?i:tiff?)"
 SPLITS = ("train", "validation", "test")
 INSPECTED_MAPS = 8
 EMPTY_BORDER = 0.05
+COUNTS = {
+    "bagel": (244, 22, 22, 88), "cable_gland": (223, 23, 21, 87), "carrot": (286, 29, 27, 132),
+    "cookie": (210, 22, 28, 103), "dowel": (288, 34, 26, 104), "foam": (236, 27, 20, 80),
+    "peach": (361, 42, 26, 106), "potato": (300, 33, 22, 92), "rope": (298, 33, 32, 69), "tire": (210, 29, 25, 87),
+}  # fmt: skip
+PLACES = (("train", "good"), ("validation", "good"), ("test", "good"), ("test", "anomalous"))
+PUBLISHED: list[Published] = [
+    (category, *place, number)
+    for category, numbers in COUNTS.items()
+    for place, number in zip(PLACES, numbers, strict=True)
+]
 
 
-def items(root: Path) -> list[DepthItem]:
-    """Every organised cloud below ``root``, a dataset's or a category's folder.
+def items(tree: RawTree) -> list[Item]:
+    """Every organised cloud of a dataset or of one category.
 
     Raises:
-        DataError: there is none, or one lies in a folder that is no split of this dataset.
+        DataError: there is none, one lies in a folder that is no split of this dataset, or class_ids.json is unclear.
     """
-    categories = [root] if _clouds(root) else subfolders(root)
-    found = [item for category in categories for item in _category_items(category, category.parent)]
-    if not found:
-        raise unexpected_layout(root, "mvtec3d", LAYOUT)
-    return found
+    class_ids: dict[str, dict[str, int]] = {}
 
-
-def _clouds(category: Path) -> list[Path]:
-    return [
-        path
-        for path in sorted(category.glob("*/*/xyz/*"))
-        if path.suffix.lower() in (".tiff", ".tif") and not path.name.startswith(".")
-    ]
-
-
-def _category_items(category: Path, root: Path) -> list[DepthItem]:
-    found = []
-    class_ids = _class_ids(category / "class_ids.json")
-    for path in _clouds(category):
-        split, label = path.parts[-4], path.parts[-3]
-        if split not in SPLITS:
-            raise DataError(f"{category / split} is no split of mvtec3d: expected {', '.join(SPLITS)}")
+    def make(name: str, source: str, place: dict[str, str]) -> Item:
+        category, split, label, stem = (place[key] for key in ("category", "split", "label", "stem"))
+        folder = name[: name.rindex("xyz/")]
+        root = folder.removesuffix(f"{split}/{label}/")
+        if root not in class_ids:
+            class_ids[root] = _class_ids(tree, f"{root}class_ids.json")
         extra: dict[str, str | int] = {}
-        mask = path.parents[1] / "gt" / f"{path.stem}.png"
-        if mask.is_file():
-            extra["mask"] = relative_source(mask, root)
-        if label in class_ids:
-            extra["class_id"] = class_ids[label]
-        source = relative_source(path, root)
-        found.append(DepthItem("mvtec3d", category.name, split, label, path.stem, path, source, extra=extra))
-    return found
+        if f"{folder}gt/{stem}.png" in tree:
+            extra["mask"] = f"{source[: source.rindex('xyz/')]}gt/{stem}.png"
+        if label in class_ids[root]:
+            extra["class_id"] = class_ids[root][label]
+        image = f"{folder}rgb/{stem}.png"
+        companions = {"rgb": tree[image]} if image in tree else {}
+        return Item("mvtec3d", category, split, label, stem, tree[name], source, extra=extra, companions=companions)
+
+    return find_items(tree, "mvtec3d", PATTERN, LAYOUT, SPLITS, make)
 
 
-def _class_ids(path: Path) -> dict[str, int]:
-    if not path.is_file():
+def _class_ids(tree: RawTree, name: str) -> dict[str, int]:
+    if name not in tree:
         return {}
     try:
-        return {str(label): int(number) for number, label in json.loads(path.read_bytes()).items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"{path} must map class ids to names: {error}") from error
+        return {str(label): int(number) for number, label in json.loads(tree[name].read()).items()}
+    except (DataError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{tree[name]} must map class ids to names: {error}") from error
 
 
-def read(item: DepthItem) -> DepthMap:
+def read(item: Item) -> DepthMap:
     """The metric depth of a cloud; points that are (0, 0, 0) or not finite are missing.
 
     Raises:
@@ -88,21 +87,24 @@ def read(item: DepthItem) -> DepthMap:
     behind = np.count_nonzero((depth <= 0) & ~missing)
     if behind:
         raise DataError(f"{behind} points have Z <= 0, behind the camera")
-    image = item.path.parents[1] / "rgb" / f"{item.path.stem}.png"
-    size = image_size(image)
+    size = _image_size(item)
     if size is not None and depth.shape not in (size, (max(size), max(size))):
         raise DataError(f"the cloud is {depth.shape[0]}x{depth.shape[1]}, its rgb image {size[0]}x{size[1]}")
     return DepthMap(np.where(missing, 0, depth), ~missing)
 
 
-def _points(item: DepthItem) -> np.ndarray:
-    points = decode_tiff(read_file(item.path))
+def _points(item: Item) -> np.ndarray:
+    points = decode_tiff(item.file.read())
     if points.ndim != 3 or points.shape[2] != 3 or points.dtype.kind != "f":
         raise DataError(f"expected float X, Y, Z (height, width, 3), got {points.shape} {points.dtype}")
     return points
 
 
-def describe(items: list[DepthItem]) -> dict[str, bool | str]:
+def _image_size(item: Item) -> tuple[int, int] | None:
+    return image_size(item.companions["rgb"]) if "rgb" in item.companions else None
+
+
+def describe(items: list[Item]) -> dict[str, bool | str]:
     """For the manifest: the licence, and whether the tree was preprocessed in place.
 
     The usual preprocessing fits the supporting plane to the border of the cloud, zeroes it and all small clusters,
@@ -112,7 +114,9 @@ def describe(items: list[DepthItem]) -> dict[str, bool | str]:
     """
     evidence = {}
     for category in sorted({item.category for item in items}):
-        members = sorted((item for item in items if item.category == category), key=lambda item: item.source)
+        members = sorted(
+            (item for item in items if item.category == category), key=lambda item: (item.file.order, item.source)
+        )
         reason = _preprocessing(members[:: max(1, len(members) // INSPECTED_MAPS)][:INSPECTED_MAPS])
         if reason:
             evidence[category] = reason
@@ -124,14 +128,14 @@ def describe(items: list[DepthItem]) -> dict[str, bool | str]:
     }
 
 
-def _preprocessing(members: list[DepthItem]) -> str:
+def _preprocessing(members: list[Item]) -> str:
     borders = []
     for item in members:
         try:
             valid = _points(item)[..., 2] != 0
         except DataError:
             continue
-        size = image_size(item.path.parents[1] / "rgb" / f"{item.path.stem}.png")
+        size = _image_size(item)
         if size is not None and valid.shape != size and valid.shape == (max(size), max(size)):
             return f"clouds of {valid.shape[0]}x{valid.shape[1]} are padded beyond images of {size[0]}x{size[1]}"
         band = max(1, max(valid.shape) // 100)

@@ -33,6 +33,8 @@ class DataConfig:
         splits: splits to train on; empty means all of them (the paper's split A counts every split).
         workers: data-loading processes; 0 decodes in the training process.
         resident: keep every decoded map in memory (16 bits a pixel), shared by the workers.
+        mixing: relative weight of each dataset; empty means by size, so that an epoch sees every map exactly once.
+        one_per_group: an epoch sees one map of each scene, in turn; off, as the paper's splits count every map.
         normalization: how depth becomes the network's input.
     """
 
@@ -40,6 +42,8 @@ class DataConfig:
     splits: list[str] = field(default_factory=list)
     workers: int = 8
     resident: bool = False
+    mixing: dict[str, float] = field(default_factory=dict)
+    one_per_group: bool = False
     normalization: Normalization = field(default_factory=Normalization)
 
 
@@ -346,16 +350,19 @@ def _check_file(cls: type, path: Path):
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: must hold keys and values, got {type(loaded).__name__}")
     known = config_keys(cls)
-    for key in _flatten(loaded):
+    for key in _flatten(loaded, known):
         if key not in known:
             raise ConfigError(f"{path}: unknown key {key!r}{suggestion(key, known)}")
 
 
-def _flatten(mapping: dict, prefix: str = "") -> list[str]:
+def _flatten(mapping: dict, known: list[str], prefix: str = "") -> list[str]:
     keys = []
     for key, value in mapping.items():
-        nested = isinstance(value, dict) and value
-        keys += _flatten(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
+        path = f"{prefix}{key}"
+        # A known key without keys below it is a setting: a dictionary there is its value.
+        setting = path in known and not any(other.startswith(path + ".") for other in known)
+        nested = isinstance(value, dict) and value and not setting
+        keys += _flatten(value, known, path + ".") if nested else [path]
     return keys
 
 

@@ -49,7 +49,8 @@ def write_shards(folder, maps=5, licence="Example, CC BY-NC-SA 4.0 (non-commerci
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     size = (folder / "depth-000000.tar").stat().st_size
-    manifest = {"datasets": ["example"], "licence": licence, "shards": [{"file": "depth-000000.tar", "bytes": size}]}
+    source = {"licence": licence, "synthetic": False}
+    manifest = {"version": 2, "sources": {"example": source}, "shards": [{"file": "depth-000000.tar", "bytes": size}]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 

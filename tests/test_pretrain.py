@@ -21,7 +21,8 @@ from dino_depth.config import HealthConfig, PretrainConfig, save_config
 from dino_depth.errors import ConfigError, DataError, GateError, Interrupted, ReportedError
 from dino_depth.pretrain import checkpoint, train
 from dino_depth.pretrain.health import CollapseGate, measure, rankme
-from dino_depth.pretrain.shards import DepthShards, EndlessOrder
+from dino_depth.pretrain.order import EndlessOrder
+from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.student_teacher import Targets
 from dino_depth.pretrain.train import pretrain
 
@@ -148,7 +149,7 @@ def test_every_sample_once_per_epoch_whoever_reads_it(tiny, monkeypatch, batch, 
         for turn, positions in enumerate(train._positions(config, 0)):
             seen[turn // passes] += positions
     assert [sorted(step) for step in seen] == [list(range(s * batch, (s + 1) * batch)) for s in range(30)]
-    order = EndlessOrder(60, config.train.seed)
+    order = EndlessOrder([{}] * 60, config.data, config.train.seed)
     epochs = [[order[position] for position in range(60 * epoch, 60 * epoch + 60)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(60)) for epoch in epochs) and epochs[0] != epochs[1]
 

@@ -13,6 +13,7 @@ from data_prep import folder, mvtec3d
 from data_prep.check import CheckConfig, check
 from data_prep.folder import FolderOptions
 from data_prep.shards import PrepareConfig, prepare
+from data_prep.tree import RawTree
 from dino_depth.depth import decode_png
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata"
@@ -40,7 +41,7 @@ def test_mvtec3d_cable_gland(tmp_path, inside):
     check(CheckConfig(str(tmp_path / "o")))
     counts = manifest["counts"]["mvtec3d"]["cable_gland"]
     assert (counts["train"]["good"], counts["validation"]["good"]) == (2, 1)
-    assert manifest["preprocessed"] is False and manifest["dropped"] == []
+    assert manifest["sources"]["mvtec3d"]["preprocessed"] is False and manifest["sources"]["mvtec3d"]["dropped"] == []
     for description, depth_map in depth_maps(tmp_path / "o"):
         points = tifffile.imread(root / description["source"])
         assert np.array_equal(depth_map.valid, (points != 0).any(-1))
@@ -64,7 +65,7 @@ def test_mvtec3d_zeroed_plane_is_recognised(tmp_path):
     path.parent.mkdir(parents=True)
     tifffile.imwrite(path, removed, photometric="rgb")
     assert 0.02 < (removed != 0).any(-1).mean() < valid.mean() / 2
-    assert mvtec3d.describe(mvtec3d.items(tmp_path))["preprocessed"] is True
+    assert mvtec3d.describe(mvtec3d.items(RawTree(tmp_path)))["preprocessed"] is True
 
 
 def test_7scenes(tmp_path):
@@ -102,7 +103,7 @@ def test_redwood_beside_its_colour_images(tmp_path):
 def test_known_raw_codes(options, lowest, highest):
     """The right decoding gives a room: metres in range, and neighbours that differ by centimetres at most."""
     root = need("open3d_rgbd_redwood5") / "RGBD" / "other_formats"
-    (item,) = folder.items(root, FolderOptions(**options))
+    (item,) = folder.items(RawTree(root), FolderOptions(**options))
     depth_map = folder.read(item)
     depth, valid = depth_map.depth, depth_map.valid
     assert lowest < depth[valid].min() and depth.max() < highest and valid.mean() > 0.7

@@ -20,15 +20,18 @@ import tifffile
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_prep import manifest as manifests
 from data_prep import mvtec3d, shards, workers
 from data_prep.check import CheckConfig, check
 from data_prep.folder import FolderOptions
-from data_prep.item import DepthItem, sample_keys
+from data_prep.item import Item, sample_keys
+from data_prep.listing import readers
 from data_prep.manifest import digest_file, digest_json
-from data_prep.shards import PrepareConfig, prepare, readers
+from data_prep.shards import PrepareConfig, prepare
 from data_prep.shrink import shrink
+from data_prep.tree import RawFile
 from dino_depth.depth import DepthMap, decode_png
 from dino_depth.errors import ConfigError, DataError, Interrupted, ReportedError
 
@@ -126,8 +129,10 @@ def test_manifest_counts_and_describes(raw, finished, tmp_path):
     for shard in manifest["shards"]:
         content = files[shard["file"]]
         assert (shard["bytes"], shard["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-    assert manifest["licence"].startswith("MVTec 3D-AD, CC BY-NC-SA 4.0") and manifest["preprocessed"] is False
-    assert manifest["config"] == {"dataset": "mvtec3d", "samples_per_shard": 3, "max_side": 0}
+    source = manifest["sources"]["mvtec3d"]
+    assert source["licence"].startswith("MVTec 3D-AD, CC BY-NC-SA 4.0") and source["preprocessed"] is False
+    assert (source["reader"], source["synthetic"], source["maps"]) == ("mvtec3d", False, 7)
+    assert manifest["config"] == {"sources": {"mvtec3d": {}}, "samples_per_shard": 3, "max_side": 0}
     assert set(manifest["versions"]) == {"numpy", "pillow", "zlib"}
     for folder in (raw, out):
         assert str(folder).encode() not in b"".join(files.values())
@@ -140,7 +145,7 @@ def test_bytes_depend_on_the_input_alone(raw, finished, tmp_path, monkeypatch):
     variants = {"two": {"workers": 2}, "many": {"workers": 5}, "loose": {"max_drop_fraction": 0.5}}
     for name, values in variants.items():
         prepare(settings_for(raw, tmp_path / name, **values))
-    monkeypatch.setattr(mvtec3d, "items", lambda root: random.Random(1).sample(found := listed(root), len(found)))
+    monkeypatch.setattr(mvtec3d, "items", lambda tree: random.Random(1).sample(found := listed(tree), len(found)))
     prepare(settings_for(moved, tmp_path / "shuffled", folder=FolderOptions(unit="mm")))
     for name in (*variants, "shuffled"):
         assert contents(tmp_path / name) == finished[1], name
@@ -148,7 +153,8 @@ def test_bytes_depend_on_the_input_alone(raw, finished, tmp_path, monkeypatch):
 
 def test_summary_fits_a_terminal(raw, tmp_path, capsys):
     prepare(settings_for(raw, tmp_path / "o"))
-    table = capsys.readouterr().out.splitlines()
+    found, *table = capsys.readouterr().out.splitlines()
+    assert found.startswith("mvtec3d: 40 of 40 published counts differ: bagel/train/good 2 of 244 (-242); ")
     assert table[0].split() == ["category", "test", "train", "validation"]
     assert table[1].split() == ["bagel", "2", "2", "1"] and table[2].split() == ["rope", "1", "1", "0"]
     assert max(map(len, table[:-1])) <= 80 and table[-1].startswith("7 maps in 3 shards")
@@ -162,7 +168,7 @@ def test_data_prep_does_not_need_torch():
 
 def test_max_side_is_stored_and_part_of_the_configuration(raw, tmp_path):
     manifest = prepare(settings_for(raw, tmp_path / "o", max_side=14))
-    assert manifest["config"]["max_side"] == 14 and len(manifest["dropped"]) == 0
+    assert manifest["config"]["max_side"] == 14 and manifest["sources"]["mvtec3d"]["dropped"] == []
     sample = next(iter(webdataset.WebDataset(str(tmp_path / "o" / "depth-000000.tar"), shardshuffle=False)))
     assert [json.loads(sample["json"])[side] for side in ("height", "width")] == [9, 12]
     check(CheckConfig(str(tmp_path / "o")))
@@ -172,7 +178,7 @@ def test_max_side_is_stored_and_part_of_the_configuration(raw, tmp_path):
 
 
 def item(stem, label="good", category="bagel", split="train", source=""):
-    return DepthItem("d", category, split, label, stem, Path(), source or f"{category}/{split}/{label}/{stem}")
+    return Item("d", category, split, label, stem, RawFile("", stem), source or f"{category}/{split}/{label}/{stem}")
 
 
 def test_keys_survive_dots_case_and_length():
@@ -298,7 +304,8 @@ def test_killed_with_workers(raw, finished, tmp_path):
         tifffile.imwrite(path, depth_values(index, 150, 150), photometric="rgb")
     whole = tmp_path / "whole"
     prepare(settings_for(root, whole, samples_per_shard=5))
-    code = "import sys; from data_prep.shards import *; prepare(PrepareConfig('mvtec3d', *sys.argv[1:], 2, 5))"
+    code = "import sys; from data_prep.shards import *; "
+    code += "prepare(PrepareConfig('mvtec3d', *sys.argv[1:], workers=2, samples_per_shard=5))"
     process = run_python(code, root, out)
     while process.poll() is None and len(list(out.glob(".progress/*.tar.json"))) < 2:
         time.sleep(0.002)
@@ -390,7 +397,7 @@ except ReportedError as error:
 def test_full_disk(raw, finished, tmp_path, limit, number):
     """Writing fails in the middle of a file: one line, nothing half written under a final name."""
     out = tmp_path / "out"
-    message = run_python(FULL_DISK, raw, out, limit, number).communicate()[0]
+    _, message = run_python(FULL_DISK, raw, out, limit, number).communicate()[0].split("\n", 1)
     assert message.startswith("cannot write ") and message.count("\n") == 1
     assert str(out) in message and "File too large" in message
     assert not list(out.glob("*.tar")) and not (out / "manifest.json").exists()
@@ -419,12 +426,12 @@ def test_another_configuration_is_refused(raw, copy, tmp_path):
     np.save(tmp_path / "a.npy", depth_values(0)[..., 2])
     out = str(tmp_path / "o")
     prepare(PrepareConfig("folder", str(tmp_path), out, workers=1, folder=FolderOptions(glob="*.npy")))
-    with pytest.raises(ConfigError, match="folder.unit was 'auto', now 'mm'"):
+    with pytest.raises(ConfigError, match="sources.folder.unit was 'auto', now 'mm'"):
         prepare(PrepareConfig("folder", str(tmp_path), out, folder=FolderOptions(glob="*.npy", unit="mm")))
 
 
 def test_a_begun_folder_refuses_another_plan(raw, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_write_shards", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(shards, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(ReportedError, match="cannot write .*: No space left"):
         prepare(settings_for(raw, tmp_path / "o"))
     monkeypatch.undo()
@@ -438,7 +445,7 @@ def test_a_begun_folder_refuses_another_plan(raw, tmp_path, monkeypatch):
 def test_other_files_in_root_are_refused(raw, copy, tmp_path):
     root = Path(shutil.copytree(raw, tmp_path / "raw"))
     shutil.copy(root / "rope/test/cut/xyz/3.tiff", root / "rope/test/cut/xyz/4.tiff")
-    with pytest.raises(ConfigError, match="was prepared from 7 files, root now holds 8"):
+    with pytest.raises(ConfigError, match="was prepared from 7 files of mvtec3d, root now holds 8"):
         prepare(settings_for(root, copy))
 
 
@@ -466,7 +473,7 @@ shards.prepare(shards.PrepareConfig("mvtec3d", *sys.argv[1:], workers=1, samples
 def test_two_runs_on_one_folder(raw, finished, tmp_path):
     out = tmp_path / "out"
     holder = run_python(HOLD, raw, out)
-    assert holder.stdout.readline() == "writing\n"
+    assert [holder.stdout.readline() for _ in range(2)][1] == "writing\n"
     with pytest.raises(ConfigError, match="is being written by another process"):
         prepare(settings_for(raw, out))
     holder.kill()
@@ -483,7 +490,7 @@ def test_two_runs_on_one_folder(raw, finished, tmp_path):
         ({"dataset": "../x"}, "unknown dataset"),
         ({"samples_per_shard": 0}, "samples_per_shard must be at least 1"),
         ({"max_side": 5}, "max_side must be 0 or at least 14"),
-        ({"max_drop_fraction": 1.5}, "max_drop_fraction must be within 0..1"),
+        ({"max_drop_fraction": 1.5}, "max_drop_fraction must be between 0 and 1"),
         ({"workers": -1}, "workers must be 0 or more"),
     ],
 )
@@ -522,7 +529,7 @@ def test_unusable_files_are_dropped_with_their_reason(raw, tmp_path):
     with pytest.raises(DataError, match=r"of 65 files are unusable, more than max_drop_fraction 0.01 allows: bagel/"):
         prepare(settings_for(root, tmp_path / "strict"))
     manifest = prepare(settings_for(root, tmp_path / "loose", max_drop_fraction=0.1))
-    reasons = {drop["path"].split("/")[-1][:3]: drop["reason"] for drop in manifest["dropped"]}
+    reasons = {drop["path"].split("/")[-1][:3]: drop["reason"] for drop in manifest["sources"]["mvtec3d"]["dropped"]}
     assert reasons["010"] == reasons["011"] == "all pixels are missing"
     assert reasons["012"] == "13x40 is below 14 pixels a side" and reasons["015"] == "the file is empty"
     assert reasons["013"].startswith("not a readable TIFF file") and len(reasons) == 5
@@ -536,7 +543,9 @@ def test_nothing_usable_is_an_error(tmp_path):
     path = tmp_path / "raw" / "bagel/train/good/xyz/0.tiff"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"no tiff")
-    with pytest.raises(DataError, match="none of 1 files is usable: bagel/train/good/xyz/0.tiff: not a readable TIFF"):
+    with pytest.raises(
+        DataError, match="none of 1 files of mvtec3d is usable: bagel/train/good/xyz/0.tiff: not a readable TIFF"
+    ):
         prepare(settings_for(tmp_path / "raw", tmp_path / "o", max_drop_fraction=1.0))
 
 
@@ -576,9 +585,9 @@ def recode(change):
     """The first map's codes passed through ``change``."""
 
     def edit(members):
-        codes = np.array(shards.encode_png.__globals__["Image"].open(io.BytesIO(members[0][1])))
+        codes = np.array(Image.open(io.BytesIO(members[0][1])))
         stream = io.BytesIO()
-        shards.encode_png.__globals__["Image"].fromarray(change(codes)).save(stream, "png")
+        Image.fromarray(change(codes)).save(stream, "png")
         return [(members[0][0], stream.getvalue()), *members[1:]]
 
     return edit
@@ -661,9 +670,11 @@ def test_check_finds_every_cut_and_every_flipped_byte(copy):
         (lambda m: m.update(total=8), "total is 8, its shards hold 7"),
         (lambda m: m["counts"]["mvtec3d"]["rope"]["train"].update(good=2), "rope.train.good was 2, now 1"),
         (lambda m: m["config"].update(max_side=7), "config_hash does not belong to config"),
-        (lambda m: m.update(version=2), "has version 2, this program reads 1"),
+        (lambda m: m.update(version=1), "has version 1, this program reads 2"),
         (lambda m: m.update(format="other"), "is not a manifest of"),
-        (lambda m: m.pop("dropped"), "dropped must be of type list"),
+        (lambda m: m["sources"]["mvtec3d"].pop("dropped"), "sources.mvtec3d: dropped must be of type list"),
+        (lambda m: m["sources"].update(x=[]), "sources.x is no object"),
+        (lambda m: m.pop("sources"), "sources must be of type dict"),
         (lambda m: m["shards"][0].update(file="../depth-000000.tar"), "must be a plain name"),
         (lambda m: m["shards"].append(m["shards"][0]), "lists a shard twice"),
         (lambda m: m["shards"][0].update(bytes="1"), r"shards\[0\]: bytes must be of type int"),

@@ -4,17 +4,23 @@ Every sample is drawn from a generator keyed by (seed, layout, category, split, 
 number of processes, and a sample not on how many others there are.
 """
 
+import gzip
 import importlib
 import json
+import lzma
 import math
 import os
 import pkgutil
+import shutil
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import BinaryIO
 
 from data_prep.item import SYNTHETIC
 from data_prep.synthetic import layouts
@@ -35,7 +41,7 @@ class SynthConfig:
     """Makes a synthetic raw dataset in the on-disk layout of a published one.
 
     Attributes:
-        layout: the dataset whose layout is written: mvtec3d or eyecandies.
+        layout: the dataset whose layout is written: the name of one of prep's readers but folder.
         out: folder of the raw tree, new or empty.
         per_category: training samples of each category.
         seed: the same seed gives the same bytes.
@@ -47,6 +53,7 @@ class SynthConfig:
         categories: names of the categories, or how many of them; all 16 if not given.
         plane: probability that a part lies on a supporting plane; without one it floats in any rotation.
         workers: processes; 0 is one for each core.
+        archive: pack the finished tree into archives, as the dataset is published.
     """
 
     layout: str
@@ -59,6 +66,7 @@ class SynthConfig:
     categories: int | list[str] | None = None
     plane: float = 1.0
     workers: int = 0
+    archive: bool = False
 
 
 def synth(config: SynthConfig) -> None:
@@ -69,6 +77,8 @@ def synth(config: SynthConfig) -> None:
     """
     categories, counts = _check(config)
     layout, root = _layout(config.layout), Path(config.out)
+    if config.archive and not hasattr(layout, "archives"):
+        raise ConfigError(f"archive: nothing says how {config.layout} is packed when it is published")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ConfigError(f"out: {root} is not an empty folder; name a new one or remove it first")
     for category in categories:
@@ -79,6 +89,46 @@ def synth(config: SynthConfig) -> None:
     with Progress(f"synth {config.layout}", len(samples), "samples") as progress:
         for done in _run(config, root, samples):
             progress.advance(done)
+    if hasattr(layout, "finish"):
+        layout.finish(root, samples)
+    if config.archive:
+        for name, folder in layout.archives(root):
+            pack(root, name, folder)
+
+
+def pack(root: Path, name: str, folder: str):
+    """Moves a folder below ``root``, or with "" all of it, into an archive whose suffix says its kind.
+
+    The same tree gives the same bytes. What an archive of everything holds is left beside it only as SYNTHETIC.json.
+    """
+    base = root / folder
+    files = sorted(path for path in base.rglob("*") if path.is_file() and path.name != SYNTHETIC)
+    target = root / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    members = [(path, path.relative_to(base.parent if folder else base).as_posix()) for path in files]
+    if target.suffix == ".zip":
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path, member in members:
+                archive.writestr(zipfile.ZipInfo(member), path.read_bytes(), zipfile.ZIP_DEFLATED, 1)
+    else:
+        with _compressed(target) as stream, tarfile.open(fileobj=stream, mode="w") as archive:
+            for path, member in members:
+                header = tarfile.TarInfo(member)
+                header.size = path.stat().st_size
+                with open(path, "rb") as file:
+                    archive.addfile(header, file)
+    for path in [base] if folder else [path for path in root.iterdir() if path.is_dir() and path != target.parent]:
+        shutil.rmtree(path)
+    if not folder:
+        for path in files:
+            path.unlink(missing_ok=True)
+
+
+def _compressed(path: Path) -> BinaryIO:
+    """A file that compresses what is written, and says nothing about when."""
+    if path.suffix == ".xz":
+        return lzma.open(path, "wb", preset=1)
+    return gzip.GzipFile(path, "wb", 6, mtime=0) if path.suffix == ".gz" else open(path, "wb")
 
 
 def _check(config: SynthConfig) -> tuple[list[str], Counts]:

@@ -74,9 +74,13 @@ def training_data(shards: DepthShards) -> TrainingData:
         sha256 = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
         for (origin, dataset), maps in sorted(counts.items()):
             if origin == folder:
-                licence = str(manifest.get("licence", "unstated"))
-                rows.append({"folder": folder.name, "dataset": dataset, "maps": maps, "licence": licence})
-                rows[-1] |= {"synthetic": bool(manifest.get("synthetic")), "manifest_sha256": sha256}
+                source = manifest["sources"][dataset]
+                row = {"folder": folder.name, "dataset": dataset, "maps": maps, "licence": source["licence"]}
+                row |= {"synthetic": source["synthetic"], "manifest_sha256": sha256}
+                if model := source.get("pseudo_depth"):
+                    # Depth that a network estimated is under the terms of the images and of the network.
+                    row["licence"] += f"; depth by {model['model']}, {model['licence']}"
+                rows.append(row)
     return TrainingData(rows)
 
 

@@ -114,8 +114,8 @@ class RunFolder:
     def _check_unchanged(self, config: PretrainConfig, shards: DepthShards):
         before = _flat(asdict(load_config(PretrainConfig, self.path / "config.yaml")))
         now = _flat(asdict(config))
-        for key, value in now.items():
-            old = before.get(key)
+        for key in now | before:  # a table's entries (data.mixing) may be in either alone
+            old, value = before.get(key), now.get(key)
             if key not in FREE and json.dumps(old) != json.dumps(value):
                 raise ConfigError(
                     f"--resume: {key} was {old} when {self.path} began and is {value} now; "

@@ -1,9 +1,4 @@
-"""Depth maps out of WebDataset tars by index: exact epochs, any order, and a position that is a plain number.
-
-Training consumes one endless sequence of *positions*: position p is sample ``order(p // n)[p % n]`` of n, where each
-epoch is its own permutation. Who reads a position, and with how many workers, does not matter, so a run resumes exactly
-from the number of maps it has seen.
-"""
+"""Depth maps out of WebDataset tars by index, in any order (see ``order.py`` for the one training takes)."""
 
 import json
 import os
@@ -16,7 +11,10 @@ import numpy as np
 from dino_depth.depth import DepthMap, decode, decode_png, read_codes
 from dino_depth.errors import ConfigError, DataError
 
-__all__ = ["DepthShards", "EndlessOrder", "epoch_order"]
+__all__ = ["DepthShards"]
+
+
+MANIFEST_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,11 @@ class DepthShards:
             raise DataError(f"{folder}: no manifest.json; is this a finished folder of dino-depth prep?") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{folder / 'manifest.json'}: not JSON: {error}") from None
+        if not isinstance(manifest, dict) or manifest.get("version") != MANIFEST_VERSION:
+            version = manifest.get("version") if isinstance(manifest, dict) else None
+            raise DataError(
+                f"{folder / 'manifest.json'}: version {version!r}, this program reads {MANIFEST_VERSION}: prepare it anew"
+            )
         self.manifests.append(manifest)
         paths = []
         for shard in manifest["shards"]:
@@ -129,22 +132,3 @@ def _index(path: Path, shard: int) -> list[_Entry]:
         alone = sorted(images.keys() ^ metas.keys())[0]
         raise DataError(f"{path}: sample {alone}: depth.png or json is missing")
     return [_Entry(shard, *place, {**metas[key], "key": key}) for key, place in images.items()]
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """(count,) the permutation of samples in one epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-class EndlessOrder:
-    """``order[position]`` is the sample at a position of the endless sequence of epochs."""
-
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed = count, seed
-        self._epoch, self._order = -1, None
-
-    def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self.count)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self.count, self.seed, epoch)
-        return int(self._order[place])

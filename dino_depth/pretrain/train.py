@@ -18,8 +18,9 @@ from dino_depth.pretrain.crops import check_crops, multi_crop
 from dino_depth.pretrain.health import CollapseGate, measure
 from dino_depth.pretrain.masks import draw_masks
 from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
+from dino_depth.pretrain.order import EndlessOrder
 from dino_depth.pretrain.run_folder import RunFolder
-from dino_depth.pretrain.shards import DepthShards, EndlessOrder
+from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.student_teacher import Batch, Networks, student_losses, teacher_targets, update_teacher
 from dino_depth.progress import Progress, peak_memory
 from dino_depth.vit import probe_attention, resize_position_embedding
@@ -49,12 +50,16 @@ class _Stop:
             signal.signal(number, handler)
 
 
+def _order(shards: DepthShards, config: PretrainConfig) -> EndlessOrder:
+    return EndlessOrder([entry.meta for entry in shards.entries], config.data, config.train.seed)
+
+
 class _Crops(Dataset):
     """Position -> crops of the map there: the same ones, whoever asks."""
 
     def __init__(self, shards: DepthShards, config: PretrainConfig):
         self.shards, self.config = shards, config
-        self.order = EndlessOrder(len(shards), config.train.seed)
+        self.order = _order(shards, config)
 
     def __getitem__(self, position: int):
         try:
@@ -128,8 +133,8 @@ def _check(config: PretrainConfig, shards: DepthShards, device: torch.device):
         )
     if train.batch // (train.accumulate * ranks) < 2 and config.loss.koleo_weight:
         raise ConfigError("KoLeo needs at least 2 maps per pass and process: raise train.batch or lower accumulate")
-    if len(shards) < train.batch:
-        raise ConfigError(f"{config.data.shards}: {len(shards)} samples are too few for train.batch {train.batch}")
+    if (count := _order(shards, config).count) < train.batch:
+        raise ConfigError(f"{config.data.shards}: {count} samples are too few for train.batch {train.batch}")
     check_crops(config.crops)
     for name in ("global_size", "local_size"):
         if getattr(config.crops, name) % config.model.patch_size:

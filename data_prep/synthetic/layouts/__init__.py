@@ -5,4 +5,9 @@ A layout module has:
 - ``samples(category, counts)``: every sample of a category, :class:`~data_prep.synthetic.shots.Sample`;
 - ``prepare(root, category, size, seed)``: makes the folders and writes what belongs to a category as a whole;
 - ``write(root, sample, size, plane, seed)``: draws one sample and writes its files.
+
+and, where the dataset needs them,
+
+- ``finish(root, samples)``: writes what belongs to the whole tree, after all samples;
+- ``archives(root)``: (archive, folder below ``root`` or "" for everything) pairs, as the dataset is published.
 """

@@ -15,7 +15,7 @@ from PIL import Image
 from data_prep.synthetic.render import Camera, shade
 from data_prep.synthetic.shots import Counts, Sample, Setup, Shot, generator, shoot
 
-__all__ = ["prepare", "samples", "write"]
+__all__ = ["archives", "prepare", "samples", "write"]
 
 NAME = Path(__file__).stem
 FOCAL_PER_SIZE = 711.11 / 512
@@ -37,6 +37,10 @@ def samples(category: str, counts: Counts) -> Iterator[Sample]:
         for index in range(count):
             label = kinds[index // 2 % len(kinds)] if index % 2 else "good"
             yield Sample(category, split, label, index)
+
+
+def archives(root: Path) -> list[tuple[str, str]]:
+    return [(f"{folder.name}.zip", folder.name) for folder in sorted(root.iterdir()) if folder.is_dir()]
 
 
 def prepare(root: Path, category: str, size: int, seed: int) -> None:

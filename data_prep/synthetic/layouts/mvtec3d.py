@@ -18,7 +18,7 @@ from data_prep.synthetic.defects import DEFECTS
 from data_prep.synthetic.render import Camera, dot, sense, shade
 from data_prep.synthetic.shots import Counts, Sample, Setup, Shot, generator, shoot
 
-__all__ = ["prepare", "samples", "write"]
+__all__ = ["archives", "prepare", "samples", "write"]
 
 NAME = Path(__file__).stem
 SETUP = Setup(distances=(0.3, 0.7), tilts=(0, 40))
@@ -37,6 +37,10 @@ def samples(category: str, counts: Counts) -> Iterator[Sample]:
     kinds = sorted(DEFECTS)
     for place in range(defective):
         yield Sample(category, "test", kinds[place % len(kinds)], place // len(kinds))
+
+
+def archives(root: Path) -> list[tuple[str, str]]:
+    return [("mvtec_3d_anomaly_detection.tar.xz", "")]
 
 
 def prepare(root: Path, category: str, size: int, seed: int) -> None:

@@ -1,0 +1,199 @@
+"""One shard: a fixed list of raw files becomes one tar, atomically, and a row that says so.
+
+A shard's bytes depend on its files alone: not on who writes it, how often that was killed, or what else is written.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from data_prep import pseudo_depth
+from data_prep.item import Item
+from data_prep.manifest import digest_json, file_fault, sync_folder, temporary_name, write_json
+from data_prep.output import PROGRESS
+from data_prep.pseudo_depth import FlatDepth, Model, PseudoDepthConfig
+from data_prep.shrink import shrink
+from dino_depth.depth import UNIT, DepthMap, encode_png
+from dino_depth.errors import DataError
+
+__all__ = ["ShardTask", "finished_row", "makes_images", "reader_module", "write_shard"]
+
+SMALLEST_SIDE = 14
+WINDOW = 64  # images that are read together, so that images of one shape meet in a batch
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write.
+
+    Attributes:
+        index: its number.
+        out: folder of the shards.
+        reader: name of the reader.
+        max_side: longest side of a stored map, pixels; 0 keeps every pixel.
+        items: the files, of one dataset.
+        keys: their keys.
+        model: what turns images into depth; None where the reader reads depth.
+        pseudo_depth: and how.
+    """
+
+    index: int
+    out: Path
+    reader: str
+    max_side: int
+    items: list[Item]
+    keys: list[str]
+    model: Model | None = None
+    pseudo_depth: PseudoDepthConfig | None = None
+
+    @property
+    def file(self) -> str:
+        return f"depth-{self.index:06d}.tar"
+
+    @property
+    def row_path(self) -> Path:
+        return self.out / PROGRESS / f"{self.file}.json"
+
+
+def reader_module(name: str) -> ModuleType:
+    """The reader of that name: the module of this package that is called so."""
+    return import_module(f"data_prep.{name}")
+
+
+def makes_images(reader: ModuleType) -> bool:
+    """Whether a reader reads images, which become depth by estimation."""
+    return hasattr(reader, "read_image")
+
+
+def write_shard(task: ShardTask, tick: Callable[[int], None]) -> dict:
+    """Writes one shard, or finds it written before, and returns its row; ``tick`` is called with each map done."""
+    inputs = _inputs(task)
+    row = finished_row(task, inputs)
+    if row is not None:
+        tick(len(task.items))
+        return row
+    path, progress = task.out / task.file, task.out / PROGRESS
+    temporary = progress / temporary_name(task.file)
+    dropped: list[dict] = []
+    try:
+        with open(temporary, "wb") as raw:
+            file = _HashingFile(raw)
+            with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+                for key, item, members in _samples(task):
+                    if isinstance(members, DataError):
+                        flat = isinstance(members, FlatDepth)
+                        dropped.append({"path": item.source, "reason": str(members), "flat": flat})
+                    else:
+                        for suffix, content in members:
+                            tar.addfile(_header(f"{key}.{suffix}", len(content)), io.BytesIO(content))
+                    tick(1)
+            raw.flush()
+            os.fsync(raw.fileno())
+        samples = len(task.items) - len(dropped)
+        if samples:
+            os.replace(temporary, path)
+        else:
+            path.unlink(missing_ok=True)
+        sync_folder(task.out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    row = {"file": task.file, "sha256": file.sha256.hexdigest(), "bytes": file.bytes, "samples": samples}
+    row |= {"inputs": inputs, "dropped": dropped}
+    write_json(task.row_path, row, progress)
+    return row
+
+
+def finished_row(task: ShardTask, inputs: str | None = None) -> dict | None:
+    """The row of a shard that was written from the same files and is intact, else None."""
+    try:
+        row = json.loads(task.row_path.read_bytes())
+        same = row["inputs"] == (inputs or _inputs(task))
+        return row if same and (row["samples"] == 0 or not file_fault(task.out / task.file, row)) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        # Rows only save work: without one the shard is written again.
+        return None
+
+
+def _inputs(task: ShardTask) -> str:
+    return digest_json([task.keys, [[item.source, item.label, *item.file.stamp()] for item in task.items]])
+
+
+Members = list[tuple[str, bytes]]
+
+
+def _samples(task: ShardTask) -> Iterator[tuple[str, Item, Members | DataError]]:
+    """The tar members of every file, in order, or why it has none."""
+    maps = _read(task) if task.model is None else _estimate(task, task.model, task.pseudo_depth)
+    for key, item, found in zip(task.keys, task.items, maps, strict=True):
+        try:
+            yield key, item, found if isinstance(found, DataError) else _members(item, *found, task.max_side)
+        except DataError as error:
+            yield key, item, error
+
+
+def _read(task: ShardTask) -> Iterator[tuple[DepthMap, dict] | DataError]:
+    reader = reader_module(task.reader)
+    for item in task.items:
+        try:
+            yield reader.read(item), {}
+        except DataError as error:
+            yield error
+
+
+def _estimate(task: ShardTask, model: Model, config: PseudoDepthConfig) -> Iterator[tuple[DepthMap, dict] | DataError]:
+    reader = reader_module(task.reader)
+    # Which images share a batch follows from the shard alone, and with it every rounding error.
+    for start in range(0, len(task.items), WINDOW):
+        images, results = {}, {}
+        for place, item in enumerate(task.items[start:][:WINDOW]):
+            try:
+                images[place] = reader.read_image(item)
+            except DataError as error:
+                results[place] = error
+        names = [task.items[start + place].source for place in images]
+        results |= zip(images, pseudo_depth.estimate(model, config, list(images.values()), names), strict=True)
+        for place in sorted(results):
+            found = results.pop(place)
+            yield found if isinstance(found, DataError) else (found[0], {"pseudo_depth": found[1]})
+
+
+def _members(item: Item, depth_map: DepthMap, extra: dict, max_side: int) -> Members:
+    if min(depth_map.depth.shape) < SMALLEST_SIDE:
+        raise DataError(f"{depth_map.depth.shape[0]}x{depth_map.depth.shape[1]} is below {SMALLEST_SIDE} pixels a side")
+    if max_side:
+        depth_map = shrink(depth_map, max_side)
+    png, near, far = encode_png(depth_map)
+    height, width = depth_map.depth.shape
+    description = {
+        **item.extra, **extra, "near": near, "far": far, "unit": UNIT[depth_map.kind], "kind": depth_map.kind,
+        "source": item.source, "dataset": item.dataset, "category": item.category, "split": item.split,
+        "label": item.label, "group": item.group, "height": height, "width": width,
+        "valid_fraction": float(depth_map.valid.mean()),
+    }  # fmt: skip
+    return [("depth.png", png), ("json", json.dumps(description, sort_keys=True).encode())]
+
+
+def _header(name: str, size: int) -> tarfile.TarInfo:
+    """A tar header that says nothing about this machine or this moment: TarInfo's own time and owner are 0."""
+    header = tarfile.TarInfo(name)
+    header.size, header.mode = size, 0o444
+    return header
+
+
+class _HashingFile:
+    """Counts and hashes what passes on its way to a file."""
+
+    def __init__(self, file: io.BufferedWriter):
+        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        self.bytes += len(content)
+        return self.file.write(content)
