@@ -17,10 +17,11 @@ from typing import Literal
 
 import numpy as np
 
+from data_prep.archives import RawFile
 from data_prep.formats import decode_exr, decode_npy, decode_pgm, decode_png, decode_tiff
 from data_prep.item import Item, unexpected_layout
 from data_prep.pcd import decode_pcd
-from data_prep.tree import RawFile, RawTree
+from data_prep.tree import RawTree
 from dino_depth.depth import DepthMap
 from dino_depth.errors import ConfigError, DataError
 
@@ -156,7 +157,8 @@ def read(item: Item) -> DepthMap:
         above = np.count_nonzero((depth <= 0) & ~missing)
         if above:
             raise DataError(f"{above} heights reach the camera: folder.offset {options.offset} is too small")
-    return DepthMap.from_values(np.where(missing, 0, depth), options.kind)
+    np.copyto(depth, 0, where=missing)
+    return DepthMap.from_values(depth, options.kind)
 
 
 def _scale(options: FolderOptions, dtype: np.dtype) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from data_prep.tree import RawFile
+from data_prep.archives import RawFile
 from dino_depth.depth import read_codes
 from dino_depth.errors import ConfigError, DataError
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.tree import RawFile, RawTree
+from data_prep.archives import RawFile
+from data_prep.tree import RawTree
 from dino_depth.errors import DataError
 
 __all__ = ["SYNTHETIC", "Item", "Published", "find_items", "sample_keys", "unexpected_layout"]

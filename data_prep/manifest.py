@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import PIL
 from PIL import features
@@ -34,11 +35,12 @@ Counts = dict[str, dict[str, dict[str, dict[str, int]]]]
 
 def library_versions() -> dict[str, str]:
     """The libraries whose version may change a shard's bytes."""
-    zlib = features.version("zlib_ng")
     return {
         "numpy": np.__version__,
         "pillow": PIL.__version__,
-        "zlib": f"zlib-ng {zlib}" if zlib else f"zlib {features.version('zlib')}",
+        "libjpeg": features.version_feature("libjpeg_turbo") or str(features.version("jpg")),
+        "imagecodecs": imagecodecs.__version__,
+        "libdeflate": imagecodecs.deflate_version().removeprefix("libdeflate "),
     }
 
 

@@ -34,9 +34,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_prep.archives import RawFile
 from data_prep.formats import decode_tiff
 from data_prep.item import Item, Published, find_items
-from data_prep.tree import RawFile, RawTree
+from data_prep.tree import RawTree
 from dino_depth.depth import DepthMap
 from dino_depth.errors import DataError
 

@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
 from data_prep import pseudo_depth
 from data_prep.item import Item
 from data_prep.manifest import digest_json, file_fault, sync_folder, temporary_name, write_json
@@ -22,8 +24,9 @@ from data_prep.pseudo_depth import FlatDepth, Model, PseudoDepthConfig
 from data_prep.shrink import shrink
 from dino_depth.depth import UNIT, DepthMap, encode_png
 from dino_depth.errors import DataError
+from dino_depth.storage import RemotePath
 
-__all__ = ["ShardTask", "finished_row", "makes_images", "reader_module", "write_shard"]
+__all__ = ["ShardTask", "finished_row", "makes_images", "reader_module", "upload", "write_shard"]
 
 SMALLEST_SIDE = 14
 WINDOW = 64  # images that are read together, so that images of one shape meet in a batch
@@ -42,6 +45,7 @@ class ShardTask:
         keys: their keys.
         model: what turns images into depth; None where the reader reads depth.
         pseudo_depth: and how.
+        remote: where the finished shard is moved to from ``out``, if it is.
     """
 
     index: int
@@ -52,6 +56,7 @@ class ShardTask:
     keys: list[str]
     model: Model | None = None
     pseudo_depth: PseudoDepthConfig | None = None
+    remote: RemotePath | None = None
 
     @property
     def file(self) -> str:
@@ -77,6 +82,7 @@ def write_shard(task: ShardTask, tick: Callable[[int], None]) -> dict:
     inputs = _inputs(task)
     row = finished_row(task, inputs)
     if row is not None:
+        upload(task, row)
         tick(len(task.items))
         return row
     path, progress = task.out / task.file, task.out / PROGRESS
@@ -107,18 +113,36 @@ def write_shard(task: ShardTask, tick: Callable[[int], None]) -> dict:
     row = {"file": task.file, "sha256": file.sha256.hexdigest(), "bytes": file.bytes, "samples": samples}
     row |= {"inputs": inputs, "dropped": dropped}
     write_json(task.row_path, row, progress)
+    upload(task, row)
     return row
 
 
 def finished_row(task: ShardTask, inputs: str | None = None) -> dict | None:
     """The row of a shard that was written from the same files and is intact, else None."""
+    path = task.out / task.file
     try:
         row = json.loads(task.row_path.read_bytes())
-        same = row["inputs"] == (inputs or _inputs(task))
-        return row if same and (row["samples"] == 0 or not file_fault(task.out / task.file, row)) else None
+        if row["inputs"] != (inputs or _inputs(task)):
+            return None
+        if row["samples"] and task.remote is not None and not path.exists():
+            # Only an upload whose size was right removes the file here.
+            return row if (task.remote / task.file).size() == row["bytes"] else None
+        return row if row["samples"] == 0 or not file_fault(path, row) else None
     except (OSError, ValueError, KeyError, TypeError):
         # Rows only save work: without one the shard is written again.
         return None
+
+
+def upload(task: ShardTask, row: dict):
+    """Moves a finished shard to where it shall be, if that is not ``out``; a kill at any moment loses nothing."""
+    if task.remote is None:
+        return
+    path, target = task.out / task.file, task.remote / task.file
+    if not row["samples"]:
+        target.remove()
+    elif path.exists():
+        target.put(path)
+        path.unlink()
 
 
 def _inputs(task: ShardTask) -> str:
@@ -175,7 +199,7 @@ def _members(item: Item, depth_map: DepthMap, extra: dict, max_side: int) -> Mem
         **item.extra, **extra, "near": near, "far": far, "unit": UNIT[depth_map.kind], "kind": depth_map.kind,
         "source": item.source, "dataset": item.dataset, "category": item.category, "split": item.split,
         "label": item.label, "group": item.group, "height": height, "width": width,
-        "valid_fraction": float(depth_map.valid.mean()),
+        "valid_fraction": np.count_nonzero(depth_map.valid) / depth_map.valid.size,
     }  # fmt: skip
     return [("depth.png", png), ("json", json.dumps(description, sort_keys=True).encode())]
 

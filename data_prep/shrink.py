@@ -21,17 +21,13 @@ def shrink(depth_map: DepthMap, max_side: int) -> DepthMap:
     if factor == 1:
         return depth_map
     rows, columns = -(-height // factor), -(-width // factor)
-    padding = ((0, rows * factor - height), (0, columns * factor - width))
-
-    def blocks(values: np.ndarray, fill: float | bool) -> np.ndarray:  # (rows, columns, pixels of a block)
-        padded = np.pad(values, padding, constant_values=fill)
-        return padded.reshape(rows, factor, columns, factor).swapaxes(1, 2).reshape(rows, columns, factor**2)
-
-    inside = blocks(np.ones((height, width), bool), False).sum(-1)
-    held = blocks(depth_map.valid, False).sum(-1)
+    inside = np.outer(*(np.minimum(factor, side - np.arange(0, side, factor)) for side in (height, width)))
+    padded = np.zeros((rows * factor, columns * factor), np.float32)
+    padded[:height, :width] = depth_map.depth
+    blocks = padded.reshape(rows, factor, columns, factor).transpose(1, 3, 0, 2).reshape(-1, rows, columns)
+    held = np.count_nonzero(blocks, axis=0)
     valid = (2 * held >= inside) & (held > 0)
-    # Missing pixels sort behind every depth.
-    ordered = np.sort(blocks(np.where(depth_map.valid, depth_map.depth, np.inf), np.inf), axis=-1)
-    middle = np.maximum((held - 1) // 2, 0)[..., None]
-    depth = np.take_along_axis(ordered, middle, -1)[..., 0]
-    return DepthMap(np.where(valid, depth, 0), valid, depth_map.kind)
+    # Missing pixels are 0 and sort before every depth.
+    ordered = np.sort(blocks, axis=0)
+    middle = len(blocks) - held + (held - 1) // 2
+    return DepthMap(np.take_along_axis(ordered, middle[None], 0)[0], valid, depth_map.kind)

@@ -6,12 +6,22 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from dino_depth.depth import DepthMap, Normalization, decode, decode_png, encode, encode_png, fit_plane, normalize
+from dino_depth.depth import (
+    DepthMap,
+    Normalization,
+    decode,
+    decode_png,
+    encode,
+    encode_png,
+    fit_plane,
+    normalize,
+    read_codes,
+)
 from dino_depth.errors import DataError
 
 METHODS = ("max", "minmax", "log", "plane")
@@ -73,6 +83,107 @@ def test_what_a_map_may_not_be(depth, valid, text):
 def test_a_map_never_holds_what_was_invalid():
     depth_map = DepthMap(np.array([[np.nan, 7.0], [1.0, -3.0]]), np.array([[False, False], [True, False]]))
     assert depth_map.depth.tolist() == [[0, 0], [1, 0]]
+
+
+def slow_map(depth, valid):
+    """What DepthMap holds or raises, one rule after the other on the valid values alone."""
+    if not valid.any():
+        raise DataError("all pixels are missing")
+    values = depth[valid]
+    if not np.isfinite(values).all():
+        raise DataError(f"{np.count_nonzero(~np.isfinite(values))} valid pixels are NaN or infinite")
+    if values.min() <= 0:
+        raise DataError(f"valid depth must be positive, smallest is {values.min()}")
+    with np.errstate(over="ignore", under="ignore"):
+        clean = np.where(valid, depth, 0).astype(np.float32)
+    if not np.isfinite(clean).all() or clean[valid].min() <= 0:
+        raise DataError(f"depth {values.min()}..{values.max()} does not fit float32")
+    return clean
+
+
+def slow_codes(depth, valid):
+    values = depth[valid].astype(np.float64)
+    near, far = float(values.min()), float(values.max())
+    codes = np.zeros(depth.shape, np.uint16)
+    codes[valid] = np.rint((values - near) / ((far - near) / 65534 or 1.0)).astype(np.uint16) + 1
+    return codes, near, far
+
+
+def outcome(function, *arguments):
+    """The result of a call, or the text of its error."""
+    try:
+        return function(*arguments)
+    except DataError as error:
+        return str(error)
+
+
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9))
+# Mostly what maps hold, so that not every example is an error; NaN, infinity, subnormals, what float32 cannot hold.
+SOME_DEPTH = st.one_of(*[st.floats(0.125, 8, width=32)] * 8, st.floats(), st.sampled_from([1e-46, 3e-45, 1e300]))
+
+
+@given(
+    st.sampled_from([np.float32, np.float64, np.dtype(">f4"), np.int32, np.uint16]),
+    SHAPES,
+    st.sampled_from("CF"),
+    st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_maps_and_codes_are_those_of_the_slow_rules(dtype, shape, order, data):
+    elements = st.integers(0, 9) if np.dtype(dtype).kind in "iu" else SOME_DEPTH
+    with np.errstate(over="ignore", under="ignore"):
+        depth = np.array(data.draw(st.lists(elements, min_size=81, max_size=81))).astype(dtype)[: math.prod(shape)]
+    depth = depth.reshape(shape, order=order)
+    valid = data.draw(arrays.arrays(np.bool_, shape))
+    if data.draw(st.booleans()):
+        valid &= np.isfinite(depth) & (depth > 0)
+    expected, before = outcome(slow_map, depth, valid), depth.copy(order)
+    found = outcome(lambda: DepthMap(depth, valid))
+    assert np.array_equal(depth, before, equal_nan=depth.dtype.kind == "f")
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        assert found.depth.dtype == np.float32 and found.depth.flags.c_contiguous
+        assert np.array_equal(found.depth.view(np.uint32), expected.view(np.uint32)) and found.valid is valid
+        assert not np.shares_memory(found.depth, depth)
+        codes, near, far = encode(found)
+        slow, *bounds = slow_codes(expected, valid)
+        assert codes.dtype == np.uint16 and np.array_equal(codes, slow) and [near, far] == bounds
+        assert np.array_equal(read_codes(encode_png(found)[0]), slow)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_large_maps_and_codes_are_those_of_the_slow_rules(seed):
+    random = np.random.default_rng(seed)
+    values = random.normal(0.6, 0.02, random.integers(200, 400, 2)) * 10.0 ** random.integers(-9, 9)
+    values[random.random(values.shape) < 0.3] = random.choice([0, np.nan, np.inf, -1])
+    with np.errstate(invalid="ignore"):
+        valid = np.isfinite(values) & (values > 0)
+    depth_map = DepthMap.from_values(values)
+    assert np.array_equal(depth_map.depth, slow_map(values, valid)) and np.array_equal(depth_map.valid, valid)
+    codes, near, far = encode(depth_map)
+    slow, *bounds = slow_codes(depth_map.depth, valid)
+    assert np.array_equal(codes, slow) and [near, far] == bounds
+    png, *bounds = encode_png(depth_map)
+    assert np.array_equal(read_codes(png), slow) and [near, far] == bounds
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (37, 41)])
+def test_a_png_is_one_to_other_decoders_too(shape):
+    imagecodecs = pytest.importorskip("imagecodecs")
+    depth_map = DepthMap.from_values(np.random.default_rng(0).uniform(0, 1, shape) + 0.1)
+    png, *_ = encode_png(depth_map)
+    codes = encode(depth_map)[0]
+    with Image.open(io.BytesIO(png)) as image:
+        image.verify()
+    assert np.array_equal(imagecodecs.png_decode(png), codes) and np.array_equal(read_codes(png), codes)
+
+
+@pytest.mark.parametrize("noise, ratio", [(2e-4, 1.03), (2e-3, 1.01)])
+def test_maps_take_no_more_room_than_a_png_librarys(noise, ratio):
+    depth_map, peer = scene(400, 400, noise), io.BytesIO()
+    Image.fromarray(encode(depth_map)[0]).save(peer, "png", compress_level=2)
+    assert len(encode_png(depth_map)[0]) < ratio * len(peer.getvalue())
 
 
 def test_bad_png_and_bad_bounds():

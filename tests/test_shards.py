@@ -24,6 +24,7 @@ from PIL import Image
 
 from data_prep import manifest as manifests
 from data_prep import mvtec3d, shards, workers
+from data_prep.archives import RawFile
 from data_prep.check import CheckConfig, check
 from data_prep.folder import FolderOptions
 from data_prep.item import Item, sample_keys
@@ -31,7 +32,6 @@ from data_prep.listing import readers
 from data_prep.manifest import digest_file, digest_json
 from data_prep.shards import PrepareConfig, prepare
 from data_prep.shrink import shrink
-from data_prep.tree import RawFile
 from dino_depth.depth import DepthMap, decode_png
 from dino_depth.errors import ConfigError, DataError, Interrupted, ReportedError
 
@@ -133,7 +133,7 @@ def test_manifest_counts_and_describes(raw, finished, tmp_path):
     assert source["licence"].startswith("MVTec 3D-AD, CC BY-NC-SA 4.0") and source["preprocessed"] is False
     assert (source["reader"], source["synthetic"], source["maps"]) == ("mvtec3d", False, 7)
     assert manifest["config"] == {"sources": {"mvtec3d": {}}, "samples_per_shard": 3, "max_side": 0}
-    assert set(manifest["versions"]) == {"numpy", "pillow", "zlib"}
+    assert set(manifest["versions"]) == {"numpy", "pillow", "libjpeg", "imagecodecs", "libdeflate"}
     for folder in (raw, out):
         assert str(folder).encode() not in b"".join(files.values())
 

@@ -1,0 +1,155 @@
+"""VisA: photographs of 12 kinds of objects; tables say which of them train and test.
+
+    ROOT/<category>/Data/Images/{Normal,Anomaly}/<stem>.JPG       upper case
+                   /Data/Masks/Anomaly/<stem>.png                 values are kinds of defects
+                   /image_anno.csv                                not read
+    ROOT/split_csv/{1cls,2cls_highshot,2cls_fewshot}.csv          object,split,label,image,mask
+
+The paths in a table begin with the category. ROOT may also be an archive, a folder with such archives, or, without a
+table, one category's folder. A category that is absent altogether is no fault, so that a part of the dataset can be
+used; a listed image of a present category must be there. An image that the table does not list gets the split
+"unlisted", which the counts of the manifest then show.
+"""
+
+import csv
+import io
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from data_prep.formats import decode_image
+from data_prep.item import Item, Published, find_items
+from data_prep.tree import RawTree
+from dino_depth.errors import ConfigError, DataError
+
+__all__ = ["PUBLISHED", "VisaOptions", "describe", "items", "read_image"]
+
+LICENCE = "VisA, CC BY 4.0"
+LAYOUT = "[<category>/]Data/Images/{Normal,Anomaly}/*.JPG"
+# The table says the split; the folder in its place is the same for all.
+PATTERN = r"(?:.*/)?(?P<category>[^/]+)/(?P<split>Data)/Images/(?P<label>[^/]+)/(?P<stem>[^/]+)\.(?i:jpe?g)"
+MASKS = r"(?:.*/)?(?P<mask>[^/]+/Data/Masks/[^/]+/[^/]+\.(?i:png))"
+LABELS = {"Normal": "good", "Anomaly": "anomalous"}
+LISTED_LABELS = {"normal": "good", "anomaly": "anomalous"}
+COLUMNS = ("object", "split", "label", "image", "mask")
+COUNTS = {
+    "candle": (900, 100), "capsules": (542, 60), "cashew": (450, 50), "chewinggum": (453, 50), "fryum": (450, 50),
+    "macaroni1": (900, 100), "macaroni2": (900, 100), "pcb1": (904, 100), "pcb2": (901, 100), "pcb3": (905, 101),
+    "pcb4": (904, 101), "pipe_fryum": (450, 50),
+}  # fmt: skip
+PLACES = (("train", "good"), ("test", "good"), ("test", "anomalous"))
+# Of the table 1cls.
+PUBLISHED: list[Published] = [
+    (category, *place, number)
+    for category, numbers in COUNTS.items()
+    for place, number in zip(PLACES, (*numbers, 100), strict=True)
+]
+
+
+@dataclass
+class VisaOptions:
+    """Which images of VisA train and which test.
+
+    Attributes:
+        split_csv: name of the table in the folder split_csv: 1cls (one class: training without anomalies),
+            2cls_highshot or 2cls_fewshot; none: every image is in the split "all".
+    """
+
+    split_csv: str = "1cls"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a table says of an image."""
+
+    split: str
+    label: str
+    mask: str
+
+
+def items(tree: RawTree, options: VisaOptions) -> list[Item]:
+    """Every photograph of a dataset, or of one category where ``split_csv`` is none.
+
+    Raises:
+        ConfigError: ``split_csv`` is no name of a table.
+        DataError: there is no photograph; the table is absent, unreadable or contradicts the folders, or an image that
+            it lists is missing.
+    """
+    if not re.fullmatch(r"\w+", options.split_csv, re.ASCII):
+        raise ConfigError(f"visa.split_csv must be the name of a table without its ending, got {options.split_csv!r}")
+
+    def make(name: str, source: str, place: dict[str, str]) -> Item:
+        if place["label"] not in LABELS:
+            raise DataError(f"{tree.root / name.rpartition('/')[0]} is no label of visa: expected {', '.join(LABELS)}")
+        category, stem = place["category"], place["stem"]
+        # Of a sound image it names nothing that exists.
+        extra = {"mask": f"{category}/Data/Masks/{place['label']}/{stem}.png"}
+        return Item("visa", category, "all", LABELS[place["label"]], stem, tree[name], source, extra=extra)
+
+    found = find_items(tree, "visa", PATTERN, LAYOUT, ("Data",), make)
+    if options.split_csv != "none":
+        found = _by_table(tree, options.split_csv, found)
+    # Not by tree.find, which would open archives where there are no masks.
+    matches = (re.fullmatch(MASKS, f"{tree.name}/{name}") for name in tree.names)
+    masks = {match["mask"] for match in matches if match}
+    return [item if item.extra["mask"] in masks else replace(item, extra={}) for item in found]
+
+
+def _by_table(tree: RawTree, table: str, found: list[Item]) -> list[Item]:
+    """The items with the splits and masks that a table gives them."""
+    rows, name = _rows(tree, table), f"split_csv/{table}.csv"
+    present, sources = {item.category for item in found}, {item.source for item in found}
+    if sources.isdisjoint(rows):
+        raise DataError(f"{tree.root}: {name} lists none of the images: {next(iter(rows))}, but not {min(sources)}")
+    missing = sorted(image for image in rows if image not in sources and image.partition("/")[0] in present)
+    if missing:
+        more = f" (as are {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise DataError(f"{tree.root}: {name} lists {missing[0]}, which is missing{more}")
+    listed = []
+    for item in found:
+        row = rows.get(item.source, Row("unlisted", item.label, ""))
+        if row.label != item.label:
+            raise DataError(f"{tree.root}: {name} calls {item.source} {row.label}, its folder says {item.label}")
+        listed.append(replace(item, split=row.split, extra={"mask": row.mask or item.extra["mask"]}))
+    return listed
+
+
+def _rows(tree: RawTree, table: str) -> dict[str, Row]:
+    """What a table says, by the image's name from the category on."""
+    found = tree.find(rf"(?:.*/)?split_csv/{table}\.csv")
+    if len(found) != 1:
+        raise DataError(
+            f"{tree.root} holds {len(found)} tables split_csv/{table}.csv: give the folder of the whole dataset, or "
+            "visa.split_csv none"
+        )
+    name, rows = found[0][1], {}
+    try:
+        text = tree[name].read().decode("utf-8-sig")
+        for line, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 2):
+            if any(row.get(column) is None for column in COLUMNS):
+                raise DataError(f"row {line} lacks one of {', '.join(COLUMNS)}")
+            if row["split"] not in ("train", "test") or row["label"] not in LISTED_LABELS:
+                raise DataError(f"row {line}: split {row['split']!r} or label {row['label']!r} is unknown")
+            if row["image"] in rows:
+                raise DataError(f"row {line} lists {row['image']} again")
+            rows[row["image"]] = Row(row["split"], LISTED_LABELS[row["label"]], row["mask"])
+    except (DataError, UnicodeError, csv.Error) as error:
+        raise DataError(f"{tree[name]} is no table of splits: {error}") from error
+    if not rows:
+        raise DataError(f"{tree[name]} is no table of splits: it has no rows")
+    return rows
+
+
+def read_image(item: Item) -> np.ndarray:
+    """The (height, width, 3) uint8 colours of a photograph.
+
+    Raises:
+        DataError: not a complete image of 8 bits a channel.
+    """
+    return decode_image(item.file.read())
+
+
+def describe(items: list[Item]) -> dict[str, str]:
+    """For the manifest: the licence."""
+    return {"licence": LICENCE}
