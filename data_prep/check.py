@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from data_prep.formats import decode_png
 from data_prep.manifest import MANIFEST, config_differences, count, digest_json, file_fault, read_manifest
@@ -14,6 +15,7 @@ from data_prep.workers import available_cores
 from dino_depth.depth import LAST_CODE, UNIT, decode
 from dino_depth.errors import DataError
 from dino_depth.progress import Progress
+from dino_depth.storage import RemotePath, ShardCache, location
 
 __all__ = ["CheckConfig", "check"]
 
@@ -31,10 +33,14 @@ class CheckConfig:
     """Verification of a shard folder.
 
     Attributes:
-        shards: the folder.
+        shards: the folder, or an fsspec URL of it, all of which is fetched anew, into the cache.
+        cache: folder for copies of remote shards; empty means ``$DINO_DEPTH_CACHE``, else ``~/.cache/dino-depth``.
+        cache_gib: size that these copies never exceed, GiB.
     """
 
     shards: str
+    cache: str = ""
+    cache_gib: float = 100.0
 
 
 def check(config: CheckConfig) -> None:
@@ -43,11 +49,12 @@ def check(config: CheckConfig) -> None:
     Raises:
         DataError: the first fault, with the shard and the sample it is in.
     """
-    folder = Path(config.shards)
-    if not folder.is_dir():
+    folder = location(config.shards)
+    if isinstance(folder, Path) and not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
-    if (folder / ".progress").exists():
+    if isinstance(folder, Path) and (folder / ".progress").exists():
         raise DataError(f"{folder} is unfinished: run the same `prep` again")
+    cache = ShardCache(config.cache, config.cache_gib)
     manifest = read_manifest(folder)
     _check_manifest(folder, manifest)
     seen: dict[str, str] = {}
@@ -55,7 +62,9 @@ def check(config: CheckConfig) -> None:
     with Progress("check", manifest["total"], "maps") as progress, ThreadPoolExecutor(available_cores()) as pool:
         try:
             for shard, found in zip(
-                manifest["shards"], pool.map(lambda shard: _check_shard(folder, shard), manifest["shards"]), strict=True
+                manifest["shards"],
+                pool.map(lambda shard: _check_shard(folder, shard, cache), manifest["shards"]),
+                strict=True,
             ):
                 for key, place in found:
                     if key.lower() in seen:
@@ -72,7 +81,7 @@ def check(config: CheckConfig) -> None:
     print(f"{folder} is intact: {len(samples)} maps in {len(manifest['shards'])} shards, {size:.1f} MiB")
 
 
-def _check_manifest(folder: Path, manifest: dict):
+def _check_manifest(folder: Path | RemotePath, manifest: dict):
     """The manifest against itself and against the names in the folder."""
     path = folder / MANIFEST
     if digest_json(manifest["config"]) != manifest["config_hash"]:
@@ -83,17 +92,36 @@ def _check_manifest(folder: Path, manifest: dict):
     total = sum(shard["samples"] for shard in manifest["shards"])
     if total != manifest["total"]:
         raise DataError(f"{path}: total is {manifest['total']}, its shards hold {total}")
-    for extra in sorted({path.name for path in folder.glob("*.tar")} - set(listed)):
+    for extra in sorted(_tars(folder) - set(listed)):
         raise DataError(f"{folder / extra} is not in {MANIFEST}")
 
 
-def _check_shard(folder: Path, shard: dict) -> list[tuple[str, Place]]:
+def _tars(folder: Path | RemotePath) -> set[str]:
+    if isinstance(folder, Path):
+        return {path.name for path in folder.glob("*.tar")}
+    # Web servers do not list folders.
+    return set() if folder.read_only else {name for name in folder.sizes() if name.endswith(".tar")}
+
+
+def _check_shard(folder: Path | RemotePath, shard: dict, cache: ShardCache) -> list[tuple[str, Place]]:
     """The key and place of every sample of a shard."""
     path = folder / shard["file"]
+    if isinstance(path, RemotePath):
+        # What arrives damaged is not kept, so its samples are not looked at.
+        with cache.open(path, shard, fresh=True) as file:
+            return _read_shard(path, file, shard, "")
     damage = file_fault(path, shard)
+    try:
+        with open(path, "rb") as file:
+            return _read_shard(path, file, shard, damage)
+    except OSError as error:
+        raise DataError(f"{path}: {damage or error}") from error
+
+
+def _read_shard(path: Path | RemotePath, file: BinaryIO, shard: dict, damage: str) -> list[tuple[str, Place]]:
     found: list[tuple[str, Place]] = []
     try:
-        for key, members in _samples(path):
+        for key, members in _samples(file):
             try:
                 description = _check_sample(members)
                 found.append((key, tuple(description[name] for name in PLACE)))
@@ -109,11 +137,11 @@ def _check_shard(folder: Path, shard: dict) -> list[tuple[str, Place]]:
     return found
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Every sample of a tar: its key and its members by suffix, grouped as WebDataset does."""
     key, members = "", {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
                 stem, dot, suffix = name.partition(".")

@@ -120,11 +120,10 @@ def compare(counts: Counter[tuple[str, str, str]], published: list[Published]) -
     """
     rows = []
     for place in published:
-        wanted = place[:3]
         found = 0
         for (category, split, label), number in counts.items():
-            have = (category, split, label if label in KINDS else "anomalous")
-            found += number * all(want in (None, has) for want, has in zip(wanted, have, strict=True))
+            have = ((category,), (split,), (label, label if label in KINDS else "anomalous"))
+            found += number * all(want is None or want in has for want, has in zip(place[:3], have, strict=True))
         rows.append((place, found))
     return rows
 

@@ -1,24 +1,49 @@
-"""The folder that shards are written to: nobody else's, one writer at a time, continued after a kill."""
+"""The folder that shards are written to: nobody else's, one writer at a time, continued after a kill.
+
+Shards for a URL (``remote``) are written to a local staging folder ``out``, which has the same lock, plan and rows, and
+each is moved when it is finished. The manifest is uploaded last: a remote folder without one is unfinished.
+"""
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_prep.manifest import MANIFEST, config_differences, read_manifest, sync_folder, verify_files, write_json
-from dino_depth.errors import ConfigError, ReportedError
+from dino_depth.errors import ConfigError, DataError, ReportedError
+from dino_depth.storage import RemotePath, default_cache, location
 
-__all__ = ["PROGRESS", "continue_or_begin", "exclusive", "shared", "verify_finished", "writing"]
+__all__ = ["PROGRESS", "continue_or_begin", "exclusive", "places", "publish", "shared", "verify_finished", "writing"]
 
 PROGRESS = ".progress"
 PLAN = "config.json"
 # Some cluster file systems are mounted without them.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# What the Hub puts into a new repository.
+BESIDE_SHARDS = {".gitattributes", "README.md"}
+
+
+def places(out: str, staging: str) -> tuple[Path, RemotePath | None]:
+    """The local folder to write to, and the remote one that its shards are moved to, if ``out`` is a URL.
+
+    Raises:
+        ConfigError: ``out`` is a web server, or ``staging`` is given for a local folder.
+    """
+    place = location(out)
+    if not isinstance(place, RemotePath):
+        if staging:
+            raise ConfigError(f"staging {staging} belongs to an out that is a URL; out is {out}")
+        return place, None
+    if place.read_only:
+        raise ConfigError(f"out {place}: web servers are read only: write to a store (s3://, hf://) or a local folder")
+    name = hashlib.sha256(place.url.encode()).hexdigest()[:16]
+    return (Path(staging) if staging else default_cache() / "staging" / name), place
 
 
 @contextmanager
@@ -31,8 +56,8 @@ def writing(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(out: Path) -> Iterator[bool]:
-    """Holds ``out`` for this process alone; yields whether a finished folder was found.
+def exclusive(out: Path, remote: RemotePath | None = None) -> Iterator[bool]:
+    """Holds ``out`` for this process alone; yields whether a finished folder was found, ``remote`` if that is given.
 
     The lock is the kernel's, so a killed process leaves none behind. Its file lies in the progress folder, which the
     holder removes when ``out`` is finished: whoever gets the lock of a removed file tries again.
@@ -43,12 +68,27 @@ def exclusive(out: Path) -> Iterator[bool]:
     progress = out / PROGRESS
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out {out} is not a folder")
-    if (out / MANIFEST).exists() and not progress.exists():
+    if remote is not None and not (progress / PLAN).exists():
+        found = remote.sizes()
+        if MANIFEST in found:
+            yield True
+            return
+        if foreign := sorted(found.keys() - BESIDE_SHARDS):
+            raise ConfigError(
+                f"out {remote} holds {foreign[0]}, no {MANIFEST}, and was not begun from staging folder {out}: "
+                "choose another folder, or give the staging folder it was begun from"
+            )
+        if not progress.exists():
+            (out / MANIFEST).unlink(missing_ok=True)
+    if remote is None and (out / MANIFEST).exists() and not progress.exists():
         yield True
         return
     if out.exists() and not progress.exists() and any(out.iterdir()):
         raise ConfigError(f"out {out} is not empty and holds no shards of this program: choose another folder")
-    with _locked(out, fcntl.LOCK_EX):
+    with _locked(out, remote, fcntl.LOCK_EX):
+        if remote is not None:
+            # It notes that the remote one is written, but not that it is still there.
+            (out / MANIFEST).unlink(missing_ok=True)
         yield (out / MANIFEST).exists()
         if (out / MANIFEST).exists():
             for path in progress.iterdir():
@@ -56,23 +96,35 @@ def exclusive(out: Path) -> Iterator[bool]:
                     path.unlink()
             shutil.rmtree(progress)
             sync_folder(out)
+            if remote is not None:
+                (out / MANIFEST).unlink()
+                with suppress(OSError):  # other files lie in it, which are not ours
+                    out.rmdir()
 
 
 @contextmanager
-def shared(out: Path) -> Iterator[None]:
+def shared(out: Path, remote: RemotePath | None = None) -> Iterator[None]:
     """Holds ``out`` together with other processes that write other shards of the same plan.
 
     Raises:
         ConfigError: the folder was not begun, or a process holds it for itself.
     """
     if not (out / PROGRESS / PLAN).exists():
-        raise ConfigError(f"out {out} was not begun, or is finished: start from the command that plans the shards")
-    with _locked(out, fcntl.LOCK_SH):
+        place = "" if remote is None else " (on several machines, staging must be a folder that all of them see)"
+        raise ConfigError(
+            f"out {_name(out, remote)} was not begun, or is finished: "
+            f"start from the command that plans the shards{place}"
+        )
+    with _locked(out, remote, fcntl.LOCK_SH):
         yield
 
 
+def _name(out: Path, remote: RemotePath | None) -> str:
+    return str(out) if remote is None else f"{remote} (staged in {out})"
+
+
 @contextmanager
-def _locked(out: Path, kind: int) -> Iterator[None]:
+def _locked(out: Path, remote: RemotePath | None, kind: int) -> Iterator[None]:
     path = out / PROGRESS / "lock"
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +135,7 @@ def _locked(out: Path, kind: int) -> Iterator[None]:
                 break
         except BlockingIOError:
             os.close(lock)
-            raise ConfigError(f"out {out} is being written by another process") from None
+            raise ConfigError(f"out {_name(out, remote)} is being written by another process") from None
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -98,15 +150,15 @@ def _locked(out: Path, kind: int) -> Iterator[None]:
         os.close(lock)
 
 
-def verify_finished(out: Path, resolved: dict, listed: dict[str, dict]) -> dict:
-    """The manifest of a finished folder.
+def verify_finished(out: Path | RemotePath, resolved: dict, listed: dict[str, dict]) -> dict:
+    """The manifest of a finished folder, of whose remote shards only the sizes are compared with it.
 
     Raises:
         ConfigError: it was made with another configuration or from other files.
         DataError: a shard is missing, extra or damaged.
     """
     manifest = read_manifest(out)
-    _refuse_other_config(out, {"config": resolved}, {"config": manifest["config"]})
+    _refuse_other_config(str(out), {"config": resolved}, {"config": manifest["config"]})
     for dataset, files in listed.items():
         before = manifest["sources"].get(dataset, {}).get("files_listed")
         if before != files:
@@ -114,17 +166,45 @@ def verify_finished(out: Path, resolved: dict, listed: dict[str, dict]) -> dict:
                 f"out {out} was prepared from {(before or {}).get('count')} files of {dataset}, "
                 f"root now holds {files['count']} or other ones: choose another folder"
             )
-    verify_files(out, manifest)
+    if isinstance(out, RemotePath):
+        _verify_sizes(out, manifest)
+    else:
+        verify_files(out, manifest)
     return manifest
 
 
-def _refuse_other_config(out: Path, ours: dict, theirs: dict):
+def _verify_sizes(remote: RemotePath, manifest: dict):
+    sizes = remote.sizes()
+    listed = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
+    for name in sorted(name for name in sizes.keys() - listed.keys() if name.endswith(".tar")):
+        raise DataError(f"{remote / name} is not in {MANIFEST}")
+    for name, size in listed.items():
+        if name not in sizes:
+            raise DataError(f"{remote / name}: the shard is missing")
+        if sizes[name] != size:
+            raise DataError(f"{remote / name}: {sizes[name]} bytes, the manifest says {size}")
+
+
+def publish(out: Path, remote: RemotePath, manifest: dict):
+    """Writes the manifest of a remote folder whose shards are all there; a copy in ``out`` notes that it is written.
+
+    Raises:
+        DataError: a shard is missing, extra or of another size.
+    """
+    _verify_sizes(remote, manifest)
+    path = out / PROGRESS / MANIFEST
+    write_json(path, manifest, out / PROGRESS)
+    (remote / MANIFEST).put(path)
+    os.replace(path, out / MANIFEST)
+
+
+def _refuse_other_config(out: str, ours: dict, theirs: dict):
     differences = config_differences(ours, theirs)
     if differences:
         raise ConfigError(f"out {out} was begun differently: {'; '.join(differences)}: choose another folder")
 
 
-def continue_or_begin(out: Path, plan: dict):
+def continue_or_begin(out: Path, plan: dict, remote: RemotePath | None = None):
     """Notes the plan (configuration and library versions) of a new folder; refuses one begun with another plan."""
     for path in (out / PROGRESS).glob("*.tmp"):
         path.unlink(missing_ok=True)
@@ -136,4 +216,4 @@ def continue_or_begin(out: Path, plan: dict):
         begun = json.loads(path.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: remove {out} and start again") from error
-    _refuse_other_config(out, plan, begun)
+    _refuse_other_config(_name(out, remote), plan, begun)

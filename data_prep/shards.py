@@ -22,13 +22,23 @@ from data_prep.folder import FolderOptions
 from data_prep.item import sample_keys
 from data_prep.listing import Listing, known_reader, list_source, table, verdict
 from data_prep.manifest import FORMAT, MANIFEST, VERSION, count, digest_json, library_versions, write_json
-from data_prep.output import PROGRESS, continue_or_begin, exclusive, shared, verify_finished, writing
+from data_prep.output import PROGRESS, continue_or_begin, exclusive, places, publish, shared, verify_finished, writing
 from data_prep.pseudo_depth import PseudoDepthConfig
 from data_prep.real_iad_d3 import RealIadD3Options
-from data_prep.shard_writer import SMALLEST_SIDE, ShardTask, finished_row, makes_images, reader_module, write_shard
+from data_prep.shard_writer import (
+    SMALLEST_SIDE,
+    ShardTask,
+    finished_row,
+    makes_images,
+    reader_module,
+    upload,
+    write_shard,
+)
+from data_prep.visa import VisaOptions
 from data_prep.workers import run_tasks
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.progress import Progress
+from dino_depth.storage import RemotePath
 
 __all__ = ["Plan", "PrepareConfig", "begin", "finish", "plan", "prepare", "write_share"]
 
@@ -43,7 +53,7 @@ class PrepareConfig:
         dataset: one reader: mvtec3d, eyecandies, real_iad_d3, mvtec_ad, mvtec_loco, mvtec_ad2, visa, or folder for any
             directory of depth files.
         root: its raw data: a folder, one category's folder, an archive or a folder of archives.
-        out: folder for the shards and their manifest; continued where a killed run left it.
+        out: folder or fsspec URL for the shards and their manifest; continued where a killed run left it.
         workers: processes; 0 is one per core (images on a GPU: one per GPU). Does not change a byte of the output.
         samples_per_shard: maps per tar file; plan for more shards than training has ranks times workers.
         max_side: longest side of a stored map, pixels; larger maps shrink by a whole factor, to a representative valid
@@ -52,8 +62,11 @@ class PrepareConfig:
         sources: several readers, into one folder of shards, instead of ``dataset``.
         roots: the raw data of each of ``sources``: ``--roots.visa /data/VisA``.
         dry_run: print what is found beside the published counts, and stop.
+        staging: local folder for what is being written, where ``out`` is a URL; empty means one in the cache folder
+            (``$DINO_DEPTH_CACHE``, else ``~/.cache/dino-depth``). On several machines, one that all of them see.
         folder: how to read people's own files (dataset ``folder`` only).
         real_iad_d3: what the files of Real-IAD D3 mean.
+        visa: which of VisA's tables of splits counts.
         pseudo_depth: how images become depth (datasets of images only).
     """
 
@@ -67,8 +80,10 @@ class PrepareConfig:
     sources: list[str] = field(default_factory=list)
     roots: dict[str, str] = field(default_factory=dict)
     dry_run: bool = False
+    staging: str = ""
     folder: FolderOptions = field(default_factory=FolderOptions)
     real_iad_d3: RealIadD3Options = field(default_factory=RealIadD3Options)
+    visa: VisaOptions = field(default_factory=VisaOptions)
     pseudo_depth: PseudoDepthConfig = field(default_factory=PseudoDepthConfig)
 
 
@@ -77,13 +92,14 @@ class Plan:
     """What will be written.
 
     Attributes:
-        out: folder of the shards.
+        out: folder of the shards, or of those on their way to ``remote``.
         config: the settings that influence a shard's bytes.
         versions: the libraries that may.
         listings: the files of each dataset.
         tasks: the shards, dataset after dataset.
         workers: as configured.
         max_drop_fraction: as configured.
+        remote: where the shards go, if that is a URL.
     """
 
     out: Path
@@ -93,6 +109,11 @@ class Plan:
     tasks: list[ShardTask]
     workers: int
     max_drop_fraction: float
+    remote: RemotePath | None = None
+
+    @property
+    def destination(self) -> Path | RemotePath:
+        return self.remote or self.out
 
     @property
     def listed(self) -> dict:
@@ -116,10 +137,11 @@ def prepare(config: PrepareConfig) -> dict:
             print(table(list_source(name, root, _options(config, name))) + "\n", flush=True)
         return {}
     planned = plan(config)
-    with writing(planned.out), exclusive(planned.out) as already_finished:
+    with writing(planned.out), exclusive(planned.out, planned.remote) as already_finished:
         if already_finished:
-            manifest = verify_finished(planned.out, planned.config, planned.listed)
-            print(f"{planned.out} was finished before and is intact: {_total(manifest)}")
+            manifest = verify_finished(planned.destination, planned.config, planned.listed)
+            intact = "complete (sizes compared)" if planned.remote else "intact"
+            print(f"{planned.destination} was finished before and is {intact}: {_total(manifest)}")
             return manifest
         begin(planned)
         return _finish(planned, _write(planned, planned.tasks))
@@ -131,6 +153,7 @@ def plan(config: PrepareConfig) -> Plan:
     if not config.out:
         raise ConfigError("out is empty: name a folder for the shards")
     resolved = _resolve(config, sources)
+    out, remote = places(config.out, config.staging)
     model = None
     if "pseudo_depth" in resolved:
         model = pseudo_depth.resolve(config.pseudo_depth)
@@ -144,32 +167,35 @@ def plan(config: PrepareConfig) -> Plan:
         raise ConfigError(f"two sources are called {twice[0]}: give one another folder.name")
     items = [item for listing in listings for item in listing.items]
     keys = iter(sample_keys(items))
-    size, out, tasks = config.samples_per_shard, Path(config.out), []
+    size, tasks = config.samples_per_shard, []
     for listing in listings:
         estimation = (model, config.pseudo_depth) if listing.images else (None, None)
         for start in range(0, len(listing.items), size):
             chunk = listing.items[start : start + size]
             named = [next(keys) for _ in chunk]
-            tasks.append(ShardTask(len(tasks), out, listing.reader, config.max_side, chunk, named, *estimation))
+            tasks.append(ShardTask(len(tasks), out, listing.reader, config.max_side, chunk, named, *estimation, remote))
     # As a folder's JSON gives it back: lists instead of tuples.
     resolved = json.loads(json.dumps(resolved))
     versions = library_versions() | (model.versions if model else {})
-    return Plan(out, resolved, versions, listings, tasks, config.workers, config.max_drop_fraction)
+    return Plan(out, resolved, versions, listings, tasks, config.workers, config.max_drop_fraction, remote)
 
 
 def begin(planned: Plan):
     """Notes the plan in ``out``, which the caller holds, and removes what a killed run left there."""
-    continue_or_begin(planned.out, {"config": planned.config, "versions": planned.versions})
+    continue_or_begin(planned.out, {"config": planned.config, "versions": planned.versions}, planned.remote)
     expected = {task.file for task in planned.tasks}
     for path in planned.out.glob("*.tar"):
         # Left by a killed run whose root has shrunk since.
         if path.name not in expected:
             path.unlink()
+    for name in (planned.remote.sizes() if planned.remote else {}).keys() - expected:
+        if name.endswith(".tar"):
+            (planned.remote / name).remove()
 
 
 def write_share(planned: Plan, tasks: list[ShardTask]):
     """Writes some of the shards; other processes, on any machine, may write the others at the same time."""
-    with writing(planned.out), shared(planned.out):
+    with writing(planned.out), shared(planned.out, planned.remote):
         _write(planned, tasks)
 
 
@@ -179,16 +205,18 @@ def finish(planned: Plan) -> dict:
     Raises:
         DataError: a shard is missing or damaged: the same command writes exactly those that are.
     """
-    with writing(planned.out), exclusive(planned.out) as already_finished:
+    with writing(planned.out), exclusive(planned.out, planned.remote) as already_finished:
         if already_finished:
-            return verify_finished(planned.out, planned.config, planned.listed)
+            return verify_finished(planned.destination, planned.config, planned.listed)
         rows = {task.file: finished_row(task) for task in planned.tasks}
         if missing := [file for file, row in rows.items() if row is None]:
             more = ", ..." if len(missing) > MISSING_SHOWN else ""
             raise DataError(
-                f"{planned.out}: {len(missing)} of {len(rows)} shards are not written "
+                f"{planned.destination}: {len(missing)} of {len(rows)} shards are not written "
                 f"({', '.join(missing[:MISSING_SHOWN])}{more}): run the same command again to write them"
             )
+        for task in planned.tasks:
+            upload(task, rows[task.file])
         return _finish(planned, rows)
 
 
@@ -289,9 +317,12 @@ def _finish(planned: Plan, rows: dict[str, dict]) -> dict:
     """Writes the manifest and prints what it says."""
     _refuse_many_faults(planned, rows)
     manifest = _manifest(planned, [rows[task.file] for task in planned.tasks], _dropped(planned, rows))
-    write_json(planned.out / MANIFEST, manifest, planned.out / PROGRESS)
+    if planned.remote:
+        publish(planned.out, planned.remote, manifest)
+    else:
+        write_json(planned.out / MANIFEST, manifest, planned.out / PROGRESS)
     print(_summary(manifest))
-    print(f"{_total(manifest)} in {planned.out}")
+    print(f"{_total(manifest)} in {planned.destination}")
     return manifest
 
 

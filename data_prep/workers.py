@@ -24,8 +24,9 @@ class _Stopped(Exception):
 
 
 def available_cores() -> int:
-    """The cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores this process may run on; in a Slurm job no more than it was given, even where nothing binds it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
 
 
 def run_tasks(function: Callable[[Any, Tick], Any], tasks: Sequence[Any], workers: int, advance: Tick) -> Iterator[Any]:
@@ -64,11 +65,13 @@ def _run_here(function, tasks, advance, stopped: threading.Event) -> Iterator[An
 def _run_in_pool(function, tasks, workers: int, advance, stopped: threading.Event) -> Iterator[Any]:
     # Spawned workers inherit neither locks nor threads of this process.
     context = multiprocessing.get_context("spawn")
-    stop, done = context.Event(), context.Value("q", 0)
     shown = 0
+    with _held_back(signal.SIGUSR2):  # also starts the process that keeps track of semaphores
+        stop, done = context.Event(), context.Value("q", 0)
     with ProcessPoolExecutor(workers, context, _begin_worker, (stop, done)) as pool:
         try:
-            pending = {pool.submit(_run_in_worker, function, task) for task in tasks}
+            with _held_back(signal.SIGUSR2):
+                pending = {pool.submit(_run_in_worker, function, task) for task in tasks}
             while pending:
                 finished, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
                 if stopped.is_set():
@@ -78,7 +81,8 @@ def _run_in_pool(function, tasks, workers: int, advance, stopped: threading.Even
                 for future in finished:
                     yield future.result()
         except BrokenProcessPool:
-            if stopped.is_set():
+            # A signal to the whole process group ends the workers; the one to this process may arrive a moment later.
+            if stopped.wait(POLL_SECONDS):
                 raise _Stopped from None
             raise ReportedError(
                 "a worker process was killed (out of memory?); run the same command again to continue"
@@ -86,6 +90,19 @@ def _run_in_pool(function, tasks, workers: int, advance, stopped: threading.Even
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _held_back(number: int) -> Iterator[None]:
+    """Holds a signal back until the end; processes that start meanwhile never hear it.
+
+    Slurm's warning that the time is up reaches every process of a task, and would kill all but the one that expects it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _stop: Any = None

@@ -29,7 +29,9 @@ class DataConfig:
     """Where the depth maps come from.
 
     Attributes:
-        shards: shard folder made by ``prep``, or a list of them.
+        shards: shard folder made by ``prep``, local or at an fsspec URL, or a list of them.
+        cache: folder for copies of remote shards; empty means ``$DINO_DEPTH_CACHE``, else ``~/.cache/dino-depth``.
+        cache_gib: size that these copies never exceed, GiB.
         splits: splits to train on; empty means all of them (the paper's split A counts every split).
         workers: data-loading processes; 0 decodes in the training process.
         resident: keep every decoded map in memory (16 bits a pixel), shared by the workers.
@@ -39,6 +41,8 @@ class DataConfig:
     """
 
     shards: str | list[str] = ""
+    cache: str = ""
+    cache_gib: float = 100.0
     splits: list[str] = field(default_factory=list)
     workers: int = 8
     resident: bool = False

@@ -50,7 +50,8 @@ def write_shards(folder, maps=5, licence="Example, CC BY-NC-SA 4.0 (non-commerci
                 tar.addfile(member, io.BytesIO(data))
     size = (folder / "depth-000000.tar").stat().st_size
     source = {"licence": licence, "synthetic": False}
-    manifest = {"version": 2, "sources": {"example": source}, "shards": [{"file": "depth-000000.tar", "bytes": size}]}
+    shard = {"file": "depth-000000.tar", "bytes": size, "sha256": ""}
+    manifest = {"version": 2, "sources": {"example": source}, "shards": [shard]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 

@@ -66,7 +66,7 @@ def write_shards(folder, splits=("train", "test"), categories=CATEGORIES, maps=8
                         member = tarfile.TarInfo(name)
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
-    manifest = {"shards": [{"file": path.name, "bytes": path.stat().st_size, "sha256": ""}]}
+    manifest = {"version": 2, "shards": [{"file": path.name, "bytes": path.stat().st_size, "sha256": ""}]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return str(folder)
 

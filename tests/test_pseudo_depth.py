@@ -26,46 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = "depth-anything/Depth-Anything-V2-Small-hf"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-# The keys of the released repositories' files; only the sizes are smaller.
-CONFIG = {
-    "_commit_hash": None, "architectures": ["DepthAnythingForDepthEstimation"], "backbone": None,
-    "backbone_config": {
-        "architectures": ["Dinov2Model"], "hidden_size": 32, "image_size": 70, "model_type": "dinov2",
-        "num_attention_heads": 2, "num_hidden_layers": 4, "out_features": ["stage1", "stage2", "stage3", "stage4"],
-        "out_indices": [1, 2, 3, 4], "patch_size": 14, "reshape_hidden_states": False, "torch_dtype": "float32",
-    },
-    "fusion_hidden_size": 8, "head_hidden_size": 8, "head_in_index": -1, "initializer_range": 0.02,
-    "model_type": "depth_anything", "neck_hidden_sizes": [8, 8, 16, 16], "patch_size": 14,
-    "reassemble_factors": [4, 2, 1, 0.5], "reassemble_hidden_size": 32, "torch_dtype": "float32",
-    "transformers_version": None, "use_pretrained_backbone": False,
-}  # fmt: skip
-PROCESSOR = {
-    "_valid_processor_keys": ["images", "do_resize", "size", "keep_aspect_ratio", "ensure_multiple_of", "resample"],
-    "do_normalize": True, "do_pad": False, "do_rescale": True, "do_resize": True, "ensure_multiple_of": 14,
-    "image_mean": [0.485, 0.456, 0.406], "image_processor_type": "DPTImageProcessor",
-    "image_std": [0.229, 0.224, 0.225], "keep_aspect_ratio": True, "resample": 3,
-    "rescale_factor": 0.00392156862745098, "size": {"height": 70, "width": 70}, "size_divisor": None,
-}  # fmt: skip
 
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """A Depth Anything V2 of random weights, large enough that its disparity has relief, as a Hub repository."""
-    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
-
-    folder = tmp_path_factory.mktemp("model") / "tiny-hf"
-    torch.manual_seed(0)
-    network = DepthAnythingForDepthEstimation(DepthAnythingConfig.from_dict(CONFIG))
-    with torch.no_grad():
-        for weights in network.parameters():
-            if weights.ndim > 1:
-                torch.nn.init.normal_(weights, std=weights[0].numel() ** -0.5)
-        network.head.conv3.bias.fill_(2.0)
-    network.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- depth\n---\n# A model\n")
-    return folder
+@pytest.fixture
+def folder(depth_anything) -> Path:
+    return depth_anything
 
 
 @pytest.fixture

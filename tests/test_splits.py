@@ -221,9 +221,9 @@ def test_compare_equals_its_definition():
     counts |= Counter({("b", "test", "unknown"): 4, ("b", "test", "good"): 5})
     published = [
         ("a", "test", "anomalous", 9), (None, "test", "good", 9), (None, None, None, 15), ("b", None, "unknown", 9),
-        ("b", "test", "anomalous", 9), ("c", "train", "good", 9),
+        ("b", "test", "anomalous", 9), ("c", "train", "good", 9), ("a", "test", "cut", 9),
     ]  # fmt: skip
-    assert [found for _, found in compare(counts, published)] == [3, 5, 15, 4, 0, 0]
+    assert [found for _, found in compare(counts, published)] == [3, 5, 15, 4, 0, 0, 2]
 
 
 def test_met_counts_are_said_to_be_met(roots, monkeypatch):

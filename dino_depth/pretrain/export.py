@@ -186,10 +186,10 @@ def _deployed_weights(teacher: _Teacher, image_size: int) -> dict[str, Tensor]:
 def _open_shards(config: ExportConfig, run_config: PretrainConfig) -> tuple[DepthShards, TrainingData | None]:
     """The maps of the gate, and what the run was trained on if that is still there."""
     if not config.shards:
-        shards = DepthShards(run_config.data.shards, run_config.data.splits)
+        shards = DepthShards.configured(run_config.data)
         return shards, training_data(shards)
     try:
-        data = training_data(DepthShards(run_config.data.shards, run_config.data.splits))
+        data = training_data(DepthShards.configured(run_config.data))
     except (ConfigError, DataError):
         data = None
     return DepthShards(config.shards), data

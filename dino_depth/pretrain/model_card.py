@@ -118,7 +118,7 @@ def _published_config(config: PretrainConfig) -> dict:
 
     shards = config.data.shards
     names = last(shards) if isinstance(shards, str) else [last(folder) for folder in shards]
-    data = dataclasses.replace(config.data, shards=names)
+    data = dataclasses.replace(config.data, shards=names, cache=last(config.data.cache))
     origin = last(config.init_from) if config.init_from else None
     config = dataclasses.replace(config, out=last(config.out), init_from=origin, data=data)
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -33,6 +33,7 @@ from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.surface import patch_geometry
 from dino_depth.progress import Progress
 from dino_depth.resample import fit_square
+from dino_depth.storage import location
 from dino_depth.vit import DepthTransformer
 
 __all__ = [
@@ -264,7 +265,7 @@ def _seen(run: Path, shards: DepthShards, queries: np.ndarray) -> int | None:
         return None
     data = load_config(PretrainConfig, run / "config.yaml").data
     folders = [data.shards] if isinstance(data.shards, str) else data.shards
-    trained = {Path(folder).resolve() for folder in folders}
+    trained = {location(folder).resolve() for folder in folders}
     entries = [shards.entries[index] for index in queries]
     return sum(
         shards.paths[entry.shard].parent.resolve() in trained

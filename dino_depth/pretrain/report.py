@@ -4,8 +4,6 @@ Every number on the page is read from the run's files or from the results of ``p
 there is left out. Curves are inline SVG, images are PNGs inside the page.
 """
 
-import base64
-import io
 import json
 import math
 import os
@@ -15,17 +13,17 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import torch
-from PIL import Image
 
 from dino_depth.config import PretrainConfig, load_config
 from dino_depth.depth import normalize
 from dino_depth.errors import DataError
+from dino_depth.picture import MISSING, VIRIDIS, colour, data_uri
 from dino_depth.pretrain.crops import multi_crop
 from dino_depth.pretrain.probe import ProbeConfig, choose_maps, collect_features, load_with_twin, pca_colours
 from dino_depth.pretrain.readout import FIGURES
 from dino_depth.pretrain.shards import DepthShards
 
-__all__ = ["Chart", "charts", "colour", "read_metrics", "write_report"]
+__all__ = ["Chart", "charts", "read_metrics", "write_report"]
 
 CROPPED_MAPS = 6
 PCA_MAPS = 12
@@ -33,27 +31,7 @@ PCA_PATCHES = 14  # fewest patches along a side of the PCA pictures; smaller inp
 LOCALS_SHOWN = 4
 TICK_HEIGHT = 12  # of a tick's text, in units of a chart
 POINTS = 400  # most points of a curve
-MISSING = (226, 114, 91)  # no colour of viridis is near it
-# Ten equidistant colours of matplotlib's viridis (CC0), dark to bright.
-VIRIDIS = np.array([
-    (68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142),
-    (31, 158, 137), (53, 183, 121), (109, 205, 89), (180, 222, 44), (253, 231, 37),
-], np.float64)  # fmt: skip
 PARITY_KEYS = ("tolerance", "samples", "image_size", "dtype", "device", "largest_feature")
-
-
-def colour(values: np.ndarray, valid: np.ndarray, low: float, high: float) -> np.ndarray:
-    """(height, width, 3) uint8 viridis colours of values between ``low`` and ``high``; missing pixels in their own."""
-    place = np.clip((values - low) / ((high - low) or 1.0), 0, 1) * (len(VIRIDIS) - 1)
-    left = np.minimum(place.astype(int), len(VIRIDIS) - 2)
-    mixed = VIRIDIS[left] + (place - left)[..., None] * (VIRIDIS[left + 1] - VIRIDIS[left])
-    return np.where(valid[..., None], np.rint(mixed), MISSING).astype(np.uint8)
-
-
-def _data_uri(pixels: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -190,11 +168,11 @@ def _crops(shards: DepthShards, config: PretrainConfig) -> list[dict]:
         # Where a crop of all ones is 0, the pixel is missing; in the values themselves a 0 may be a depth.
         ones = multi_crop(np.ones_like(values), depth_map.valid, config.crops, config.train.seed, position)
         images = [
-            _data_uri(colour(crop[0].numpy(), one[0].numpy() > 0, low, high))
+            data_uri(colour(crop[0].numpy(), one[0].numpy() > 0, low, high))
             for kind, kind_ones in zip(crops, ones, strict=True)
             for crop, one in zip(kind[: max(2, LOCALS_SHOWN)], kind_ones, strict=False)
         ]
-        whole = _data_uri(colour(values, depth_map.valid, low, high))
+        whole = data_uri(colour(values, depth_map.valid, low, high))
         shown.append({"category": meta["category"], "map": whole, "global": images[:2], "local": images[2:]})
     return shown
 
@@ -218,11 +196,11 @@ def _components(run: Path, shards: DepthShards, probed: dict | None) -> dict:
         features = seen["patches"] - (seen["patches"] * weights).sum((1, 2), keepdim=True)
         colours = (255 * pca_colours(features, usable)).round().to(torch.uint8).numpy()
         colours[~usable.numpy()] = MISSING
-        columns[name] = [_data_uri(np.kron(tile, np.ones((8, 8, 1), np.uint8))) for tile in colours]
+        columns[name] = [data_uri(np.kron(tile, np.ones((8, 8, 1), np.uint8))) for tile in colours]
     columns["depth"] = []
     for depth in seen["depth"][:, 0].numpy():
         low, high = np.percentile(depth[depth > 0], [1, 99]) if (depth > 0).any() else (0, 1)
-        columns["depth"].append(_data_uri(colour(-depth, depth > 0, -high, -low)))
+        columns["depth"].append(data_uri(colour(-depth, depth > 0, -high, -low)))
     columns["category"] = [shards.entries[index].meta["category"] for index in indices]
     maps = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return {"maps": maps, "rows": size // patch, "side": size, "trained_side": trained.size}

@@ -24,7 +24,7 @@ __all__ = ["RunFolder", "git_revision", "library_versions"]
 
 # Settings that do not change what is computed, and may differ between a run and its resumption.
 FREE = {
-    "out", "resume", "data.shards", "data.workers", "data.resident", "model.attention",
+    "out", "resume", "data.shards", "data.cache", "data.cache_gib", "data.workers", "data.resident", "model.attention",
     "train.checkpoint_every", "train.keep", "train.log_every", "train.threads", "train.device",
 }  # fmt: skip
 PACKAGES = (

@@ -186,7 +186,7 @@ def load_pretrained(student: Networks, source: str):
 
 
 def _run(config: PretrainConfig, device: torch.device):
-    shards = DepthShards(config.data.shards, config.data.splits)
+    shards = DepthShards.configured(config.data)
     _check(config, shards, device)
     torch.manual_seed(config.train.seed)
     student = Networks(config).to(device)

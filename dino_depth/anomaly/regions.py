@@ -1,0 +1,280 @@
+"""Scores separated into normals and the components of the ground truth: what the metrics of `metrics` are counted from.
+
+A sample is separated once, its components labelled once; limits, pools and bootstrap resamples then reuse it. Dense
+arrays go through `regions`, sparse volumes, whose empty voxels are only counted, through `voxel_regions`.
+
+Traps: a mask must be boolean, since integers are component labels (a 0/255 mask is refused, one of 0 and 1 is a single
+component); a flat list of elements has no neighbours and takes labels only; an empty element has score 0, which is the
+lowest one only where no score is negative.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from dino_depth.errors import ConfigError, DataError
+
+__all__ = ["Regions", "coverage", "label_components", "regions", "voxel_regions"]
+
+
+@dataclass(frozen=True)
+class Regions:
+    """One sample's scores, separated into normals and components, as `regions` and `voxel_regions` return them.
+
+    Attributes:
+        normal: (n,) scores of the listed normals, in no order.
+        normal_weight: (n,) of each, or None where all are 1.
+        defect: (m,) scores of defect elements; the last ones stand for unlisted ones of score 0.
+        component: (m,) component of each, 0 to components - 1.
+        defect_weight: (m,) of each, float64.
+        size: (components,) total weight of each, unlisted elements included.
+        empty_normal: weight of normals of score 0 that are only counted.
+        unlisted: weight of defect elements that are only counted.
+    """
+
+    normal: np.ndarray
+    normal_weight: np.ndarray | None
+    defect: np.ndarray
+    component: np.ndarray
+    defect_weight: np.ndarray
+    size: np.ndarray
+    empty_normal: float
+    unlisted: float
+
+
+def regions(
+    scores: np.ndarray,
+    ground_truth: np.ndarray,
+    *,
+    connectivity: int | None = None,
+    normal: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+    empty_normal: float = 0,
+    empty_defect: np.ndarray | None = None,
+) -> Regions:
+    """Separates a sample's scores into normals and components. Arguments as of `metrics.aupro`; for sparse volumes:
+
+    Args:
+        scores: (n,) of the listed elements only.
+        ground_truth: (n,) integer labels of them; a flat list has no neighbours, so no mask.
+        empty_normal: number (or weight) of further normals. They and the following have score 0, wherever that lies
+            among the scores: below all of them only where no score is negative.
+        empty_defect: (C,) number (or weight) of further elements of component 1 to C.
+
+    Raises:
+        DataError, ConfigError: as `metrics.aupro`; a sample without normals or without components is none.
+    """
+    scores, truth = _scores(scores), np.asarray(ground_truth)
+    weight = None if weights is None else np.asarray(weights, np.float64)
+    allowed = None if normal is None else np.asarray(normal)
+    for name, array in (("ground_truth", truth), ("normal", allowed), ("weights", weight)):
+        if array is not None and array.shape != scores.shape:
+            raise DataError(f"{name} has shape {array.shape}, the scores have {scores.shape}")
+    if allowed is not None and allowed.dtype != bool:
+        raise DataError(f"normal must be boolean, got {allowed.dtype}")
+    if weight is not None and not (np.isfinite(weight) & (weight >= 0)).all():
+        raise DataError("weights must be finite and not negative")
+    if truth.dtype == bool:
+        if truth.ndim < 2:
+            raise DataError("a flat array has no neighbours: give integer labels of components, not a mask")
+        place = np.flatnonzero(truth)
+        label = label_components(np.stack(np.unravel_index(place, truth.shape), 1), connectivity)
+        is_normal = ~truth
+    elif np.issubdtype(truth.dtype, np.integer):
+        if connectivity is not None:
+            raise ConfigError(f"connectivity {connectivity} needs a boolean mask, got labels ({truth.dtype})")
+        is_normal = truth == 0
+        place = np.flatnonzero(~is_normal)
+        label = truth.reshape(-1)[place]
+    else:
+        raise DataError(f"ground_truth must be a boolean mask or integer labels, got {truth.dtype}")
+    if allowed is not None:
+        is_normal = is_normal & allowed
+    mass = np.ones(len(place)) if weight is None else weight.reshape(-1)[place]
+    counted = np.zeros(0) if empty_defect is None else np.asarray(empty_defect, np.float64)
+    if empty_normal < 0 or (counted < 0).any():
+        raise DataError(f"counts of empty elements must not be negative, got {min(empty_normal, *counted)}")
+    component = np.concatenate((label.astype(np.int64), np.arange(1, 1 + len(counted)))) - 1
+    mass = np.concatenate((mass, counted))
+    size = _sizes(component, mass)
+    return Regions(
+        scores[is_normal],
+        None if weight is None else weight[is_normal],
+        np.concatenate((scores.reshape(-1)[place], np.zeros(len(counted), scores.dtype))),
+        component,
+        mass,
+        size,
+        empty_normal,
+        float(counted.sum()),
+    )
+
+
+def voxel_regions(
+    index: np.ndarray,
+    scores: np.ndarray,
+    defects: np.ndarray,
+    shape: Sequence[int],
+    *,
+    labels: np.ndarray | None = None,
+    connectivity: int | None = None,
+    empty_normal: int | None = None,
+) -> Regions:
+    """Separates a sparse volume, whose empty voxels have score 0 and are only counted.
+
+    With empty voxels as normals (SiM3D's published floors imply it) scores of no information give about 1 - f / 2L,
+    f <= L being the occupied share of the grid, if all defects are occupied; over occupied voxels only, L / 2.
+
+    Args:
+        index: (n, N) integer coordinates of the occupied voxels, each once; fastest in lexicographic order.
+        scores: (n,) of them.
+        defects: (m, N) integer coordinates of the ground truth, each once, on the same grid.
+        shape: (N,) of the grid.
+        labels: (m,) component of each defect voxel, 1 to C; by default connected ones are one component.
+        connectivity: as of `metrics.aupro`, where labels are not given.
+        empty_normal: how many empty voxels are normals: None all that are no defect ("all"), 0 none ("occupied"), or
+            those that the caller counted, such as the observed ones.
+
+    Raises:
+        DataError: a coordinate lies outside the grid or occurs twice, shapes differ, or as `regions`.
+        ConfigError: connectivity is impossible.
+    """
+    scores = _scores(scores)
+    keys, order = _sorted_keys(index, shape, "index")
+    if scores.shape != keys.shape:
+        raise DataError(f"{len(keys)} occupied voxels, scores of shape {scores.shape}")
+    if order is not None:
+        scores = scores[order]
+    if labels is None:
+        labels = label_components(defects, connectivity)
+    elif connectivity is not None:
+        raise ConfigError(f"connectivity {connectivity} and labels were both given")
+    labels = np.asarray(labels)
+    defect_keys, order = _sorted_keys(defects, shape, "defects")
+    count = len(defect_keys)
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"labels must be {count} integers, got {labels.dtype} of shape {labels.shape}")
+    if count and not 1 <= labels.min() <= labels.max() <= count:
+        raise DataError(f"labels must be 1 to C, got {labels.min()} to {labels.max()} of {count} voxels")
+    if order is not None:
+        labels = labels[order]
+    place = np.searchsorted(keys, defect_keys)
+    seen = _matches(keys, place, defect_keys)
+    truth = np.zeros(len(keys), np.int32)
+    truth[place[seen]] = labels[seen]
+    unseen = np.bincount(labels[~seen], minlength=labels.max(initial=0) + 1)[1:]
+    if empty_normal is None:
+        empty_normal = math.prod(shape) - len(keys) - int(unseen.sum())
+    return regions(scores, truth, empty_normal=empty_normal, empty_defect=unseen)
+
+
+def label_components(index: np.ndarray, connectivity: int | None = None) -> np.ndarray:
+    """The connected component of each of m elements: (m,) int32, numbered from 1 in lexicographic order.
+
+    Args:
+        index: (m, N) integer coordinates, each once.
+        connectivity: number of neighbours, as of `metrics.aupro`.
+
+    Raises:
+        DataError: an element occurs twice.
+        ConfigError: no such connectivity exists in N dimensions.
+    """
+    index = np.asarray(index)
+    if index.ndim != 2 or not np.issubdtype(index.dtype, np.integer):
+        raise DataError(f"coordinates must be integers of shape (elements, N), got {index.dtype} {index.shape}")
+    index = index.astype(np.int64)
+    steps = _forward_steps(index.shape[1], connectivity)
+    if not len(index):
+        return np.zeros(0, np.int32)
+    low = index.min(0)
+    extent = index.max(0) - low + 2  # one more than it spans, so that no neighbour wraps round to another row
+    keys, order = _sorted_keys(index - low, extent, "defects")
+    strides = np.concatenate((np.cumprod(extent[:0:-1])[::-1], [1]))
+    pairs = []
+    for step in steps @ strides:
+        place = np.searchsorted(keys, keys + step)
+        near = np.flatnonzero(_matches(keys, place, keys + step))
+        pairs.append(np.stack((near, place[near])))
+    first, second = np.concatenate(pairs, 1)
+    graph = coo_array((np.ones(len(first), bool), (first, second)), (len(keys), len(keys)))
+    label = connected_components(graph, directed=False)[1].astype(np.int32) + 1
+    if order is None:
+        return label
+    unordered = np.empty_like(label)
+    unordered[order] = label
+    return unordered
+
+
+def coverage(samples: Sequence[Regions]) -> float:
+    """Share of the ground truth's elements that were observed: a score of 1 needs all of them.
+
+    Raises:
+        DataError: there is no ground truth.
+    """
+    total = sum(sample.size.sum() for sample in samples)
+    if not total:
+        raise DataError("no sample has a defect, so their coverage is undefined")
+    return float(1 - sum(sample.unlisted for sample in samples) / total)
+
+
+def _scores(scores: np.ndarray) -> np.ndarray:
+    scores = np.asarray(scores)
+    if scores.dtype.kind not in "biuf":
+        raise DataError(f"scores must be real numbers, got {scores.dtype}")
+    if scores.dtype != np.float32:
+        scores = scores.astype(np.float64, copy=False)
+    if np.isnan(scores).any():
+        raise DataError(f"scores hold {np.isnan(scores).sum()} NaN of {scores.size}")
+    return scores
+
+
+def _sizes(component: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    labels = np.unique(component) + 1
+    if len(labels) and (labels[0] < 1 or labels[-1] > len(labels)):
+        raise DataError(
+            f"labels must be 0 and 1 to C, got {len(labels)} from {labels[0]} to {labels[-1]} (a mask is bool)"
+        )
+    size = np.bincount(component, mass)
+    if not size.all():
+        raise DataError(f"component {np.flatnonzero(size == 0)[0] + 1} has no element, or weight 0")
+    return size
+
+
+def _forward_steps(dimensions: int, connectivity: int | None) -> np.ndarray:
+    """(neighbours / 2, dimensions) steps to the neighbours that follow in lexicographic order."""
+    steps = np.array(list(product((-1, 0, 1), repeat=dimensions)))
+    moved = np.abs(steps).sum(1)
+    ranks = {int((moved <= rank).sum()) - 1: rank for rank in range(1, dimensions + 1)}
+    if connectivity is not None and connectivity not in ranks:
+        raise ConfigError(f"connectivity must be one of {', '.join(map(str, ranks))}, got {connectivity}")
+    rank = dimensions if connectivity is None else ranks[connectivity]
+    return steps[len(steps) // 2 + 1 :][moved[len(steps) // 2 + 1 :] <= rank]
+
+
+def _sorted_keys(index: np.ndarray, shape: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Ascending places in the flattened grid, and the order that sorts them if they were not sorted."""
+    index = np.asarray(index)
+    if index.ndim != 2 or index.shape[1] != len(shape) or not np.issubdtype(index.dtype, np.integer):
+        raise DataError(f"{name} must be integers of shape (voxels, {len(shape)}), got {index.dtype} {index.shape}")
+    try:
+        keys = np.ravel_multi_index(tuple(index.T), tuple(shape))
+    except ValueError as error:
+        raise DataError(f"{name} leave the grid of shape {tuple(map(int, shape))}: {error}") from error
+    order = None
+    if not (keys[1:] > keys[:-1]).all():
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        if (keys[1:] == keys[:-1]).any():
+            raise DataError(f"{name} hold an element twice")
+    return keys, order
+
+
+def _matches(keys: np.ndarray, place: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Whether ``keys[place]`` is what was wanted, where place may be past the end."""
+    if not len(keys):
+        return np.zeros(len(wanted), bool)
+    return keys[np.minimum(place, len(keys) - 1)] == wanted
