@@ -58,8 +58,11 @@ class Model:
     versions: dict[str, str] = field(hash=False)
 
 
-def resolve(config: PseudoDepthConfig) -> Model:
+def resolve(config: PseudoDepthConfig, device: str = "") -> Model:
     """Finds the model, downloads it where needed, and loads it once on the CPU to be sure of it.
+
+    Args:
+        device: what it will run on, ``cuda`` or ``cpu``, where that is on other machines; empty: decided here.
 
     Raises:
         ConfigError: a value is out of range, there is no such device, folder or Hub id, or it is no relative model.
@@ -69,7 +72,7 @@ def resolve(config: PseudoDepthConfig) -> Model:
     import torch
     import transformers
 
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if not device and config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("pseudo_depth.device cuda: torch sees no CUDA device; run dino-depth doctor")
     folder = Path(config.model).expanduser()
     if folder.is_dir():
@@ -86,7 +89,7 @@ def resolve(config: PseudoDepthConfig) -> Model:
         raise ConfigError(f"pseudo_depth.model {config.model}: neither a folder nor a Hub id (owner/name)")
     _load(folder)
     licence = LICENCES.get(identity) or _stated_licence(folder / CARD)
-    device = "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    device = device or ("cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return Model(folder, identity, revision, licence, device, versions)
 

@@ -96,6 +96,7 @@ class Plan:
         config: the settings that influence a shard's bytes.
         versions: the libraries that may.
         listings: the files of each dataset.
+        listed: what tells them from others, by dataset.
         tasks: the shards, dataset after dataset.
         workers: as configured.
         max_drop_fraction: as configured.
@@ -106,6 +107,7 @@ class Plan:
     config: dict
     versions: dict[str, str]
     listings: list[Listing]
+    listed: dict[str, dict]
     tasks: list[ShardTask]
     workers: int
     max_drop_fraction: float
@@ -114,10 +116,6 @@ class Plan:
     @property
     def destination(self) -> Path | RemotePath:
         return self.remote or self.out
-
-    @property
-    def listed(self) -> dict:
-        return {listing.dataset: listing.listed for listing in self.listings}
 
 
 def prepare(config: PrepareConfig) -> dict:
@@ -147,8 +145,12 @@ def prepare(config: PrepareConfig) -> dict:
         return _finish(planned, _write(planned, planned.tasks))
 
 
-def plan(config: PrepareConfig) -> Plan:
-    """Lists every raw file and deals them to shards; writes nothing."""
+def plan(config: PrepareConfig, device: str = "") -> Plan:
+    """Lists every raw file and deals them to shards; writes nothing.
+
+    Args:
+        device: what images become depth on, ``cuda`` or ``cpu``, where other machines do it; empty: decided here.
+    """
     sources = _sources(config)
     if not config.out:
         raise ConfigError("out is empty: name a folder for the shards")
@@ -156,7 +158,7 @@ def plan(config: PrepareConfig) -> Plan:
     out, remote = places(config.out, config.staging)
     model = None
     if "pseudo_depth" in resolved:
-        model = pseudo_depth.resolve(config.pseudo_depth)
+        model = pseudo_depth.resolve(config.pseudo_depth, device)
         resolved["pseudo_depth"] |= {"model": model.identity, "revision": model.revision, "device": model.device}
     listings = [list_source(name, root, _options(config, name)) for name, root in sources.items()]
     for listing in listings:
@@ -177,7 +179,8 @@ def plan(config: PrepareConfig) -> Plan:
     # As a folder's JSON gives it back: lists instead of tuples.
     resolved = json.loads(json.dumps(resolved))
     versions = library_versions() | (model.versions if model else {})
-    return Plan(out, resolved, versions, listings, tasks, config.workers, config.max_drop_fraction, remote)
+    listed = {listing.dataset: listing.listed for listing in listings}
+    return Plan(out, resolved, versions, listings, listed, tasks, config.workers, config.max_drop_fraction, remote)
 
 
 def begin(planned: Plan):
@@ -194,7 +197,10 @@ def begin(planned: Plan):
 
 
 def write_share(planned: Plan, tasks: list[ShardTask]):
-    """Writes some of the shards; other processes, on any machine, may write the others at the same time."""
+    """Writes some of the shards; other processes, on any machine, may write the others at the same time.
+
+    Of the plan it needs neither the listings nor the tasks that others write.
+    """
     with writing(planned.out), shared(planned.out, planned.remote):
         _write(planned, tasks)
 
@@ -307,9 +313,9 @@ def _refuse_many_faults(planned: Plan, rows: dict[str, dict]):
 
 def _dropped(planned: Plan, rows: dict[str, dict]) -> dict[str, list[dict]]:
     """The files without a map, by dataset, in the order of the shards."""
-    dropped: dict[str, list[dict]] = {listing.dataset: [] for listing in planned.listings}
+    dropped: dict[str, list[dict]] = {}
     for task in planned.tasks:
-        dropped[task.items[0].dataset] += rows.get(task.file, {"dropped": []})["dropped"]
+        dropped.setdefault(task.items[0].dataset, []).extend(rows.get(task.file, {"dropped": []})["dropped"])
     return dropped
 
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "demo": Command("synthetic raw data to an exported encoder and a report", "dino_depth.demo", "DemoConfig", "demo"),
     "synth": Command("render a dataset in a real layout", "data_prep.synthetic", "SynthConfig", "synth", ("layout",)),
     "prep": Command("raw dataset to shards", "data_prep.shards", "PrepareConfig", "prepare", ("dataset",)),
+    "inspect": Command("a page to see shards", "data_prep.inspect", "InspectConfig", "inspect", ("shards",)),
     "check": Command("verify shards", "data_prep.check", "CheckConfig", "check", ("shards",)),
     "pretrain": Command("train an encoder on shards", "dino_depth.pretrain.train", "PretrainConfig", "pretrain"),
     "probe": Command("measure an encoder", "dino_depth.pretrain.probe", "ProbeConfig", "probe", ("encoder",)),
@@ -45,6 +46,7 @@ COMMANDS = {
 def _usage() -> str:
     lines = ["usage: dino-depth COMMAND [--key value ...]", "", "commands:"]
     lines += [f"  {name:9} {command.help}" for name, command in COMMANDS.items()]
+    lines += ["  submit    run a command as jobs of a Slurm cluster"]
     lines += ["", "dino-depth COMMAND --help lists a command's settings; --config FILE.yaml sets them from a file."]
     return "\n".join([*lines, "Exit codes: 0 done, 1 failed, 2 usage, 3 data invalid, 4 gate failed, 75 resumable."])
 
@@ -57,8 +59,12 @@ def _run(arguments: list[str]):
         print(f"dino-depth {__version__}")
         return
     name, *rest = arguments
+    if name == "submit":
+        importlib.import_module("dino_depth.slurm.submit").main(rest)
+        return
     if name not in COMMANDS:
-        raise ConfigError(f"unknown command {name!r}{suggestion(name, list(COMMANDS))}; see dino-depth --help")
+        known = [*COMMANDS, "submit"]
+        raise ConfigError(f"unknown command {name!r}{suggestion(name, known)}; see dino-depth --help")
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
     if name == "pretrain":

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -103,12 +104,46 @@ def test_an_installed_wheel_works_away_from_the_checkout(tmp_path):
     assert where.count(str(site)) == 2
 
 
+LAYOUTS = ("mvtec3d", "eyecandies", "real_iad_d3", "mvtec_ad", "mvtec_loco", "mvtec_ad2", "visa")
+
+
+def test_seven_sources_in_their_archives_become_split_c(tmp_path, depth_anything, capsys):
+    """Every layout as it is downloaded, through the shipped configuration; then the same interrupted by kill -9."""
+    words = ["--config", "prep/split_c", "--pseudo_depth.model", str(depth_anything), "--samples_per_shard", "4"]
+    for layout in LAYOUTS:
+        root = str(tmp_path / layout)
+        options = ["--per_category", "2", "--test_per_category", "4", "--categories", "1", "--size", "64"]
+        assert run("synth", layout, "--out", root, "--archive", "true", "--workers", "1", *options) == 0
+        assert not list(Path(root).rglob("*.png")) and not list(Path(root).rglob("*.tiff"))
+        words += [f"--roots.{layout}", root]
+    assert run("prep", *words, "--dry_run") == 0
+    assert capsys.readouterr().out.count("published counts differ") == len(LAYOUTS)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run("prep", *words, "--out", str(whole), "--workers", "1") == 0
+    assert run("check", str(whole)) == 0 and run("inspect", str(whole), "--out", str(tmp_path / "page.html")) == 0
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert list(manifest["sources"]) == list(LAYOUTS) and not any(s["dropped"] for s in manifest["sources"].values())
+    assert all(source["synthetic"] for source in manifest["sources"].values())
+    # Killed in the middle of the depth and in the middle of the images.
+    for done in (2, 7):
+        command = [sys.executable, "-m", "dino_depth.cli", "prep", *words, "--out", str(broken), "--workers", "1"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(broken.glob(".progress/*.tar.json"))) < done:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() != 0 and not (broken / "manifest.json").exists()
+    assert run("prep", *words, "--out", str(broken), "--workers", "2") == 0
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in broken.iterdir())
+    assert all((whole / name).read_bytes() == (broken / name).read_bytes() for name in names)
+
+
 BAD = [
     (["prep", "mvtec4d", "--root", ".", "--out", "o"], 2, "did you mean 'mvtec3d'"),
     (["prep", "mvtec3d", "--root", "empty", "--out", "o"], 3, "empty"),
     (["prep", "mvtec3d", "--root", "nowhere", "--out", "o"], 3, "nowhere"),
     (["prep", "mvtec3d", "--root", "empty"], 2, "out"),
-    (["prep"], 2, "DATASET"),
+    (["prep"], 2, "no dataset is named"),
     (["synth", "eyecandy", "--out", "o"], 2, "eyecandies"),
     (["synth", "mvtec3d", "--out", "full"], 2, "full"),
     (["check", "nowhere"], 3, "nowhere"),

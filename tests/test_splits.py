@@ -67,7 +67,7 @@ def bright_is_near(monkeypatch):
         return results
 
     model = Model(Path("m"), "owner/net", "c0ffee", "CC-BY-NC-4.0", "cpu", {"torch": "9"})
-    monkeypatch.setattr(pseudo_depth, "resolve", lambda config: model)
+    monkeypatch.setattr(pseudo_depth, "resolve", lambda config, device: model)
     monkeypatch.setattr(pseudo_depth, "estimate", estimate)
     return asked
 
@@ -145,7 +145,7 @@ def test_a_damaged_shard_of_a_share_is_found_at_the_end(roots, tmp_path, bright_
 def test_another_revision_is_refused(roots, tmp_path, bright_is_near, monkeypatch):
     prepare(configured(roots, tmp_path / "o"))
     other = Model(Path("m"), "owner/net", "decaf", "CC-BY-NC-4.0", "cpu", {"torch": "9"})
-    monkeypatch.setattr(pseudo_depth, "resolve", lambda config: other)
+    monkeypatch.setattr(pseudo_depth, "resolve", lambda config, device: other)
     with pytest.raises(ConfigError, match="pseudo_depth.revision was 'c0ffee', now 'decaf'"):
         prepare(configured(roots, tmp_path / "o"))
 
@@ -201,7 +201,7 @@ def test_roots_come_from_the_command_line_and_from_files(tmp_path):
 
 
 def test_dry_run_counts_and_writes_nothing(roots, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pseudo_depth, "resolve", lambda config: pytest.fail("a dry run needs no model"))
+    monkeypatch.setattr(pseudo_depth, "resolve", lambda config, device: pytest.fail("a dry run needs no model"))
     assert prepare(configured(roots, tmp_path / "o", dry_run=True)) == {}
     assert not (tmp_path / "o").exists()
     lines = capsys.readouterr().out.splitlines()
