@@ -27,7 +27,8 @@ KEYS = {
     "format": str, "version": int, "sources": dict, "config": dict, "config_hash": str, "versions": dict,
     "total": int, "counts": dict, "shards": list,
 }  # fmt: skip
-SOURCE_KEYS = {"reader": str, "licence": str, "synthetic": bool, "files_listed": dict, "maps": int, "dropped": list}
+SOURCE_KEYS = {"reader": str, "licence": str, "synthetic": bool, "files_listed": dict, "maps": int, "scenes": int,
+               "dropped": list}  # fmt: skip
 SHARD_KEYS = {"file": str, "sha256": str, "bytes": int, "samples": int}
 
 Counts = dict[str, dict[str, dict[str, dict[str, int]]]]

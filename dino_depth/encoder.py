@@ -16,7 +16,7 @@ from dino_depth.errors import ConfigError, DataError, ReportedError
 from dino_depth.resample import fit_square
 from dino_depth.vit import DepthTransformer
 
-__all__ = ["Encoder", "from_transformers", "load_encoder", "to_transformers"]
+__all__ = ["Encoder", "from_transformers", "load_encoder", "random_encoder", "to_transformers"]
 
 # What DepthTransformer computes, in the words of transformers' Dinov2Config.
 ARCHITECTURE = {
@@ -87,13 +87,7 @@ def load_encoder(path: str | Path, device: str = "cpu", revision: str | None = N
     """
     folder = _export_folder(path, revision)
     config = _read_config(folder / "config.json")
-    model = ModelConfig(
-        patch_size=config["patch_size"],
-        dim=config["hidden_size"],
-        depth=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        layer_scale=config["layerscale_value"],
-    )
+    model = _model_config(config)
     weights = folder / "model.safetensors"
     try:
         tensors = load_file(weights)
@@ -108,6 +102,38 @@ def load_encoder(path: str | Path, device: str = "cpu", revision: str | None = N
     ours = config["dino_depth"]
     name = f"{path}, step {ours['step']}"
     return Encoder(backbone.float(), Normalization(**ours["normalization"]), name, config["image_size"]).to(device)
+
+
+def random_encoder(path: str | Path | None = None, seed: int = 0, device: str = "cpu") -> Encoder:
+    """The architecture and input normalisation of an export with new weights, drawn as DINO-v2 draws them.
+
+    Args:
+        path: as for :func:`load_encoder`; without one, the default ViT-S/14 and normalisation.
+        seed: of the weights; the global random state is left as it was.
+
+    Raises:
+        ConfigError, DataError, ReportedError: as for :func:`load_encoder`.
+    """
+    model, normalization, size = ModelConfig(), Normalization(), 896
+    if path is not None:
+        config = _read_config(_export_folder(path, None) / "config.json")
+        model, size = _model_config(config), config["image_size"]
+        normalization = Normalization(**config["dino_depth"]["normalization"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = DepthTransformer(model, 16 * model.patch_size)  # the grid of a global crop of 224 and patches of 14
+    name = f"random {path or 'dino-depth'}, seed {seed}"
+    return Encoder(backbone, normalization, name, size).to(device)
+
+
+def _model_config(config: dict) -> ModelConfig:
+    return ModelConfig(
+        patch_size=config["patch_size"],
+        dim=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        layer_scale=config["layerscale_value"],
+    )
 
 
 def _export_folder(path: str | Path, revision: str | None) -> Path:

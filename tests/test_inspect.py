@@ -77,7 +77,7 @@ def write(folder, samples: list, sources: dict[str, dict], per_shard: int = 7) -
     for name, source in sources.items():
         dropped = source.get("dropped", [])
         listed = {"count": maps[name] + len(dropped), "sha256": "0" * 64}
-        sources[name] = {**source, "files_listed": listed, "maps": maps[name], "dropped": dropped}
+        sources[name] = {**source, "files_listed": listed, "maps": maps[name], "scenes": maps[name], "dropped": dropped}
     config = {"samples_per_shard": per_shard}
     manifest = {
         "format": "dino-depth shards", "version": 2, "sources": sources, "config": config,

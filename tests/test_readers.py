@@ -1,5 +1,6 @@
 """Readers of raw datasets: every known trap, every format, and arbitrary bytes."""
 
+import contextlib
 import json
 import struct
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import eyecandies, folder, formats, mvtec3d, pcd
+from data_prep import eyecandies, folder, formats, mvtec3d, pcd, visa
 from data_prep.folder import FolderOptions
 from data_prep.tree import RawTree
 from dino_depth.errors import ConfigError, DataError
@@ -539,11 +540,16 @@ def valid_files(folder_path: Path) -> dict[str, bytes]:
     write_tiff(folder_path / "b.tiff", points, compression="zlib", tile=(16, 16))
     np.save(folder_path / "a.npy", points[..., 2])
     Image.fromarray(codes()).save(folder_path / "a.png")
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    photograph.save(folder_path / "b.png")
+    photograph.save(folder_path / "b.jpg", quality=95)
     return {
         "tiff": (folder_path / "a.tiff").read_bytes(),
         "tiled tiff": (folder_path / "b.tiff").read_bytes(),
         "npy": (folder_path / "a.npy").read_bytes(),
         "png": (folder_path / "a.png").read_bytes(),
+        "image png": (folder_path / "b.png").read_bytes(),
+        "image jpeg": (folder_path / "b.jpg").read_bytes(),
         "pgm": b"P5\n# made by hand\n30 20 65535\n" + codes().astype(">u2").tobytes(),
         **{f"{encoding} pcd": pcd_bytes(points, encoding) for encoding in ("ascii", "binary", "binary_compressed")},
     }
@@ -552,7 +558,7 @@ def valid_files(folder_path: Path) -> dict[str, bytes]:
 DECODERS = {
     "tiff": formats.decode_tiff, "tiled tiff": formats.decode_tiff, "npy": formats.decode_npy,
     "png": formats.decode_png, "pgm": formats.decode_pgm, "ascii pcd": pcd.decode_pcd, "binary pcd": pcd.decode_pcd,
-    "binary_compressed pcd": pcd.decode_pcd,
+    "binary_compressed pcd": pcd.decode_pcd, "image png": formats.decode_image, "image jpeg": formats.decode_image,
 }  # fmt: skip
 
 
@@ -607,3 +613,30 @@ def test_npy_never_unpickles_and_checks_the_size_first(tmp_path):
         formats.decode_npy(whole.replace(b"(20, 30)", b"(20, 31)"))
     with pytest.raises(DataError, match="megapixels"):
         formats.decode_npy(whole.replace(b"(20, 30), }      ", b"(90000, 90000), }"))
+
+
+@given(
+    st.binary(max_size=60) | st.text(st.sampled_from("anomlus:{}[]0123456789,\n .-!&*'\""), max_size=60).map(str.encode)
+)
+@QUICK
+def test_descriptions_of_any_content_are_read_or_refused(tmp_path, content):
+    """YAML beside a map, class ids in JSON and a table of splits in CSV, of arbitrary bytes."""
+    candies, clouds, photographs = (tmp_path / name for name in ("candies", "clouds", "photographs"))
+    if not candies.exists():
+        write_candy(candies / "GummyBear" / "test_public" / "data", "07", codes(), anomalous=1)
+        write_cloud(clouds / "bagel" / "train" / "good" / "xyz" / "000.tiff", cloud())
+        (photographs / "pcb1" / "Data" / "Images" / "Normal").mkdir(parents=True)
+        Image.new("RGB", (30, 20)).save(photographs / "pcb1" / "Data" / "Images" / "Normal" / "0000.JPG", "jpeg")
+        (photographs / "split_csv").mkdir()
+    for name in ("info_depth", "metadata"):
+        (candies / "GummyBear" / "test_public" / "data" / f"07_{name}.yaml").write_bytes(content)
+    (clouds / "bagel" / "class_ids.json").write_bytes(content)
+    (photographs / "split_csv" / "1cls.csv").write_bytes(b"object,split,label,image,mask\n" + content)
+    attempts = (
+        lambda: [eyecandies.read(item) for item in eyecandies.items(RawTree(candies))],
+        lambda: mvtec3d.items(RawTree(clouds)),
+        lambda: visa.items(RawTree(photographs), visa.VisaOptions()),
+    )
+    for attempt in attempts:
+        with contextlib.suppress(DataError):
+            attempt()

@@ -90,7 +90,7 @@ def test_one_folder_and_one_manifest_of_two_sources(roots, tmp_path, bright_is_n
     images = manifest["sources"]["mvtec_ad"]
     assert images["pseudo_depth"] == {"model": "owner/net", "revision": "c0ffee", "licence": "CC-BY-NC-4.0"}
     assert [drop["path"] for drop in images["dropped"]] == ["bottle/test/crack/004.png", "bottle/train/good/004.png"]
-    assert all(drop["flat"] for drop in images["dropped"]) and images["maps"] == 8
+    assert all(drop["flat"] for drop in images["dropped"]) and images["maps"] == images["scenes"] == 8
     assert "pseudo_depth" not in manifest["sources"]["mvtec3d"] and manifest["versions"]["torch"] == "9"
     assert manifest["config"]["pseudo_depth"]["revision"] == "c0ffee"
     out = capsys.readouterr().out

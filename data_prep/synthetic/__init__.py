@@ -16,7 +16,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import BinaryIO
 
 from data_prep.item import SYNTHETIC
 from data_prep.synthetic import layouts
+from data_prep.synthetic.layouts.sim3d import Sim3dOptions
 from data_prep.synthetic.parts import CATEGORIES
 from data_prep.synthetic.shots import Counts, Sample
 from dino_depth.config import suggestion
@@ -33,7 +34,7 @@ from dino_depth.progress import Progress
 __all__ = ["LAYOUTS", "SynthConfig", "synth"]
 
 LAYOUTS = sorted(module.name for module in pkgutil.iter_modules(layouts.__path__))
-CHUNK = 16  # samples in one task of a worker
+CHUNK = 16  # samples in one task of a worker, where the layout does not say
 
 
 @dataclass
@@ -41,32 +42,35 @@ class SynthConfig:
     """Makes a synthetic raw dataset in the on-disk layout of a published one.
 
     Attributes:
-        layout: the dataset whose layout is written: the name of one of prep's readers but folder.
+        layout: the dataset whose layout is written: the name of one of prep's readers but folder, or sim3d.
         out: folder of the raw tree, new or empty.
-        per_category: training samples of each category.
+        per_category: training samples of each category; sim3d has one real and one synthetic instance.
         seed: the same seed gives the same bytes.
-        size: height and width of every map, pixels.
+        size: height and width of every map, pixels; 400, or 224 for sim3d, if not given.
         test_per_category: test samples of each category, about half of them defective; two fifths of the training
-            samples, at least 12, if not given.
+            samples, at least 12, if not given; 16 for sim3d.
         validation_per_category: defect-free validation samples of each category; a tenth of the training samples, at
-            least one, if not given.
+            least one, if not given; sim3d has none.
         categories: names of the categories, or how many of them; all 16 if not given.
-        plane: probability that a part lies on a supporting plane; without one it floats in any rotation.
+        plane: probability that a part lies on a supporting plane; without one it floats in any rotation. In sim3d
+            parts stand in the middle of their cameras.
         workers: processes; 0 is one for each core.
         archive: pack the finished tree into archives, as the dataset is published.
+        sim3d: what only the layout sim3d needs.
     """
 
     layout: str
     out: str
     per_category: int = 50
     seed: int = 0
-    size: int = 400
+    size: int | None = None
     test_per_category: int | None = None
     validation_per_category: int | None = None
     categories: int | list[str] | None = None
     plane: float = 1.0
     workers: int = 0
     archive: bool = False
+    sim3d: Sim3dOptions = field(default_factory=Sim3dOptions)
 
 
 def synth(config: SynthConfig) -> None:
@@ -75,14 +79,14 @@ def synth(config: SynthConfig) -> None:
     Raises:
         ConfigError: an option has an impossible value, or the folder is not empty.
     """
-    categories, counts = _check(config)
-    layout, root = _layout(config.layout), Path(config.out)
+    config, categories, counts = _check(config)
+    layout, root, own = _layout(config.layout), Path(config.out), _options(config)
     if config.archive and not hasattr(layout, "archives"):
         raise ConfigError(f"archive: nothing says how {config.layout} is packed when it is published")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ConfigError(f"out: {root} is not an empty folder; name a new one or remove it first")
     for category in categories:
-        layout.prepare(root, category, config.size, config.seed)
+        layout.prepare(root, category, config.size, config.seed, *own)
     # The tree looks like the real dataset; this file is how prep and every model card know that it is not.
     (root / SYNTHETIC).write_text(json.dumps({"licence": "Apache-2.0", "layout": config.layout, "seed": config.seed}))
     samples = [sample for category in categories for sample in layout.samples(category, counts)]
@@ -131,11 +135,19 @@ def _compressed(path: Path) -> BinaryIO:
     return gzip.GzipFile(path, "wb", 6, mtime=0) if path.suffix == ".gz" else open(path, "wb")
 
 
-def _check(config: SynthConfig) -> tuple[list[str], Counts]:
+def _options(config: SynthConfig) -> tuple:
+    """The options that a layout has for itself, if any: the last argument of its functions."""
+    return (getattr(config, config.layout),) if hasattr(config, config.layout) else ()
+
+
+def _check(config: SynthConfig) -> tuple[SynthConfig, list[str], Counts]:
     if config.layout not in LAYOUTS:
         raise ConfigError(
             f"unknown layout {config.layout!r}{suggestion(config.layout, LAYOUTS)} (known: {', '.join(LAYOUTS)})"
         )
+    layout = _layout(config.layout)
+    defaults = {"size": 400} | getattr(layout, "DEFAULTS", {})
+    config = replace(config, **{key: value for key, value in defaults.items() if getattr(config, key) is None})
     test = config.test_per_category
     validation = config.validation_per_category
     counts = Counts(
@@ -152,18 +164,19 @@ def _check(config: SynthConfig) -> tuple[list[str], Counts]:
     if not 0 <= config.plane <= 1:
         raise ConfigError(f"plane: must be a probability, got {config.plane}")
     names = list(CATEGORIES)
+    given = layout.objects(*_options(config)) if hasattr(layout, "objects") else []
     if config.categories is None:
-        return names, counts
+        return config, given or names, counts
     if isinstance(config.categories, int):
         if not 1 <= config.categories <= len(names):
             raise ConfigError(f"categories: must be 1..{len(names)}, got {config.categories}")
-        return names[: config.categories], counts
+        return config, names[: config.categories] + given, counts
     for name in config.categories:
         if name not in CATEGORIES:
             raise ConfigError(f"categories: unknown category {name!r}{suggestion(name, names)}")
     if not config.categories or len(set(config.categories)) < len(config.categories):
         raise ConfigError(f"categories: must name each category once, got {config.categories}")
-    return list(config.categories), counts
+    return config, list(config.categories) + given, counts
 
 
 def _layout(name: str):
@@ -172,9 +185,11 @@ def _layout(name: str):
 
 def _run(config: SynthConfig, root: Path, samples: list[Sample]) -> Iterator[int]:
     """Writes all samples and yields how many more are done; a bounded number of tasks waits at any time."""
-    chunks = (samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK))
-    tasks = ((config.layout, root, chunk, config.size, config.plane, config.seed) for chunk in chunks)
-    workers = min(config.workers or os.cpu_count() or 1, math.ceil(len(samples) / CHUNK))
+    size = getattr(_layout(config.layout), "CHUNK", CHUNK)
+    chunks = (samples[start : start + size] for start in range(0, len(samples), size))
+    fixed = (config.size, config.plane, config.seed, *_options(config))
+    tasks = ((config.layout, root, chunk, *fixed) for chunk in chunks)
+    workers = min(config.workers or os.cpu_count() or 1, math.ceil(len(samples) / size))
     if workers <= 1:
         yield from (_write(*task) for task in tasks)
         return
@@ -191,7 +206,7 @@ def _run(config: SynthConfig, root: Path, samples: list[Sample]) -> Iterator[int
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _write(layout: str, root: Path, samples: list[Sample], size: int, plane: float, seed: int) -> int:
+def _write(layout: str, root: Path, samples: list[Sample], *fixed) -> int:
     for sample in samples:
-        _layout(layout).write(root, sample, size, plane, seed)
+        _layout(layout).write(root, sample, *fixed)
     return len(samples)
