@@ -9,6 +9,9 @@ names them.
     TUM           --folder.scale 0.0002              5000 a metre
     SUN RGB-D     --folder.encoding sun_rgbd         the three low bits are stored on top
     NYU raw       --folder.encoding nyu_raw          byte-swapped Kinect disparity
+
+With ``encoding grey`` it reads photographs instead, png and jpeg, as single-channel maps of their brightness: what an
+*image* encoder with one channel is pretrained on.
 """
 
 import re
@@ -18,17 +21,18 @@ from typing import Literal
 import numpy as np
 
 from data_prep.archives import RawFile
-from data_prep.formats import decode_exr, decode_npy, decode_pgm, decode_png, decode_tiff
+from data_prep.formats import decode_exr, decode_image, decode_npy, decode_pgm, decode_png, decode_tiff
 from data_prep.item import Item, unexpected_layout
 from data_prep.pcd import decode_pcd
 from data_prep.tree import RawTree
-from dino_depth.depth import DepthMap
+from dino_depth.depth import DepthMap, grey_map
 from dino_depth.errors import ConfigError, DataError
 
 __all__ = ["FolderOptions", "describe", "items", "read"]
 
 METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3, "um": 1e-6}
 SUFFIXES = (".png", ".pgm", ".tif", ".tiff", ".npy", ".exr", ".pcd")
+PHOTOGRAPHS = (".png", ".jpg", ".jpeg")
 UNSORTED = "all"
 
 
@@ -50,7 +54,7 @@ class FolderOptions:
         channel: which of several channels is depth; 2 is the Z of X, Y, Z.
         larger_is: farther for depth; nearer for heights, which ``offset`` turns into depth.
         offset: where larger is nearer: distance of the height 0 from the camera, in metres after scaling.
-        encoding: linear, or the raw codes of a known dataset: sun_rgbd, nyu_raw.
+        encoding: linear, the raw codes of a known dataset (sun_rgbd, nyu_raw), or grey for photographs.
     """
 
     glob: str = ""
@@ -66,7 +70,7 @@ class FolderOptions:
     channel: int = 2
     larger_is: Literal["farther", "nearer"] = "farther"
     offset: float = 0.0
-    encoding: Literal["linear", "sun_rgbd", "nyu_raw"] = "linear"
+    encoding: Literal["linear", "sun_rgbd", "nyu_raw", "grey"] = "linear"
 
 
 def items(tree: RawTree, options: FolderOptions) -> list[Item]:
@@ -77,14 +81,15 @@ def items(tree: RawTree, options: FolderOptions) -> list[Item]:
         DataError: there is no depth file.
     """
     _check(options)
-    formats = "|".join(suffix[1:] for suffix in SUFFIXES)
+    suffixes = PHOTOGRAPHS if options.encoding == "grey" else SUFFIXES
+    formats = "|".join(suffix[1:] for suffix in suffixes)
     found = tree.find(f"[^/]+/(?:{_expression(options.glob)})" if options.glob else rf".*\.(?i:{formats})")
     names = [name for _, name in found]
-    foreign = [name for name in names if tree[name].suffix not in SUFFIXES]
+    foreign = [name for name in names if tree[name].suffix not in suffixes]
     if foreign:
-        raise ConfigError(f"folder.glob matches {foreign[0]}, which is none of {', '.join(SUFFIXES)}: narrow it")
+        raise ConfigError(f"folder.glob matches {foreign[0]}, which is none of {', '.join(suffixes)}: narrow it")
     if not names:
-        pattern = options.glob or " ".join(f"*{suffix}" for suffix in SUFFIXES)
+        pattern = options.glob or " ".join(f"*{suffix}" for suffix in suffixes)
         raise unexpected_layout(tree, "folder", f"files matching {pattern}")
     return [_item(tree, name, options) for name in names]
 
@@ -106,6 +111,10 @@ def _check(options: FolderOptions):
         raise ConfigError(f"folder.scale must be 0 or a positive number, got {options.scale}")
     if options.scale and options.unit != "auto":
         raise ConfigError(f"folder.scale {options.scale} and folder.unit {options.unit} contradict: give one")
+    if options.encoding == "grey" and (options.scale or options.unit != "auto" or options.missing):
+        raise ConfigError(
+            "folder.encoding grey is brightness: it has no folder.unit, scale or missing"
+        )
     if options.encoding == "nyu_raw" and (options.scale or options.unit != "auto"):
         raise ConfigError("folder.encoding nyu_raw is metric by itself: give neither folder.scale nor folder.unit")
     if options.larger_is == "farther" and options.offset:
@@ -140,6 +149,8 @@ def read(item: Item) -> DepthMap:
             pixel.
     """
     options: FolderOptions = item.options
+    if options.encoding == "grey":
+        return grey_map(decode_image(item.file.read()))
     values = _values(item.file, options.channel)
     missing = ~np.isfinite(values)
     for value in options.missing:

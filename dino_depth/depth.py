@@ -19,10 +19,14 @@ from PIL import Image
 
 from dino_depth.errors import DataError
 
-__all__ = ["DepthMap", "Normalization", "decode", "decode_png", "encode", "encode_png", "fit_plane", "normalize"]
+__all__ = [
+    "DepthMap", "Normalization", "decode", "decode_png", "encode", "encode_png", "fit_plane", "grey", "grey_map",
+    "normalize", "read_codes",
+]  # fmt: skip
 
 Kind = Literal["metric", "relative"]
 LAST_CODE = 65535
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 UNIT = {"metric": "m", "relative": "relative"}
 
 
@@ -80,6 +84,20 @@ def _fault(values: np.ndarray) -> DataError:
     if values.min() <= 0:
         return DataError(f"valid depth must be positive, smallest is {values.min()}")
     return DataError(f"depth {values.min()}..{values.max()} does not fit float32")
+
+
+def grey(image: np.ndarray) -> np.ndarray:
+    """The luminance (height, width) float32, 0..255, of a grey (height, width) or colour image, 8 bits a channel."""
+    return image.astype(np.float32) if image.ndim == 2 else image.astype(np.float32) @ LUMA
+
+
+def grey_map(image: np.ndarray) -> DepthMap:
+    """A grey or colour image as a relative map without missing pixels, values 1/256..1.
+
+    So a network with one channel sees images: in pretraining and afterwards.
+    """
+    values = (grey(image) + 1) / 256
+    return DepthMap(values, np.ones(values.shape, bool), "relative")
 
 
 def encode(depth_map: DepthMap) -> tuple[np.ndarray, float, float]:

@@ -403,6 +403,19 @@ def test_folder_refuses_contradictions(tmp_path, options):
         folder.items(RawTree(tmp_path), FolderOptions(**options))
 
 
+def test_folder_reads_photographs_as_brightness(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(colours).save(tmp_path / "a.png")
+    depth_map = read_folder(tmp_path, encoding="grey")
+    expected = (colours @ [0.299, 0.587, 0.114] + 1) / 256
+    assert depth_map.valid.all() and depth_map.kind == "relative" and np.abs(depth_map.depth - expected).max() < 1e-6
+    Image.fromarray(colours[..., 0]).save(tmp_path / "a.png")
+    brightness = (colours[..., 0].astype(np.float64) + 1) / 256
+    assert np.abs(read_folder(tmp_path, encoding="grey").depth - brightness).max() < 1e-6
+    with pytest.raises(ConfigError, match="grey is brightness"):
+        read_folder(tmp_path, encoding="grey", unit="mm")
+
+
 # Formats
 
 

@@ -1,0 +1,52 @@
+"""Frozen encoders by name, all with the same square geometry, patch features and nothing else in common.
+
+| name | what |
+|---|---|
+| `DIR` or `OWNER/NAME` | an export of `dino-depth export`, of depth or, if it was trained on images, of images |
+| `transformers:DIR_OR_ID` | a Vision Transformer of transformers, such as DINO-v2 (with registers) and DINO-v3 |
+| `timm:NAME` | a pretrained Vision Transformer of timm |
+| `defm:vit_s14`, `defm:FILE` | DeFM, metric depth only |
+| `raw-patches` | the pixels of each patch |
+| `fpfh` | geometric features of points; needs `pip install 'dino-depth[fpfh]'` |
+| `random:` before the first four | the same architecture and input with random weights |
+
+Options follow a question mark, `transformers:DIR?mean_std=imagenet&depth_as=log`; the module of each family says which
+it has. To add a family, add a module with `load(spec, modality, device)` and name it in `FAMILIES`.
+"""
+
+import torch
+
+from dino_depth.errors import ConfigError
+from dino_depth.frozen import defm, exported, fpfh, patches, timm_vit, transformers_vit
+from dino_depth.frozen.interface import FrozenEncoder, Modality, common_grid
+from dino_depth.frozen.specs import parse_spec
+
+__all__ = ["FrozenEncoder", "common_grid", "load_frozen"]
+
+FAMILIES = {
+    "": exported,
+    "transformers": transformers_vit,
+    "timm": timm_vit,
+    "defm": defm,
+    "raw-patches": patches,
+    "fpfh": fpfh,
+}
+
+
+def load_frozen(spec: str, *, modality: Modality, device: str | torch.device = "cpu") -> FrozenEncoder:
+    """The frozen encoder of a name, see above.
+
+    Args:
+        spec: the name.
+        modality: what it will encode, "image" or "depth".
+        device: where it computes.
+
+    Raises:
+        ConfigError: the name, an option or the modality is impossible, or a package is missing.
+        DataError: weights do not fit their description.
+        ReportedError: files cannot be read.
+    """
+    if modality not in ("image", "depth"):
+        raise ConfigError(f"encoder {spec}: modality must be image or depth, got {modality!r}")
+    parsed = parse_spec(spec, tuple(FAMILIES))
+    return FAMILIES[parsed.family].load(parsed, modality, torch.device(device))

@@ -1,0 +1,603 @@
+"""Heads: equations against float64 transcriptions, fast paths against slow twins, and the ladder's reductions."""
+
+import importlib
+import io
+import math
+import pkgutil
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dino_depth.anomaly import crossmodal, heads
+from dino_depth.anomaly.features import SampleFeatures
+from dino_depth.anomaly.heads import modmap, patchcore
+from dino_depth.anomaly.heads.modmap import ModMapConfig
+from dino_depth.anomaly.heads.patchcore import PatchCoreConfig
+from dino_depth.config import parse
+from dino_depth.errors import ConfigError, DataError, ReportedError
+
+CPU = torch.device("cpu")
+SMALL = ModMapConfig(image_to_depth=(10, 8), depth_to_image=(9, 8), modulator=6, steps=4, pairs=5)
+HEADS = [module.name for module in pkgutil.iter_modules(heads.__path__)]
+
+
+def draw(views=3, grid=(3, 4), dims=(7, 5), seed=0, background=0.3) -> SampleFeatures:
+    """Random features; the given share of cells shows no object."""
+    generator = torch.Generator().manual_seed(seed)
+    image, depth = (torch.randn(views, *grid, dim, generator=generator) for dim in dims)
+    share = torch.rand(views, *grid, generator=generator)
+    return SampleFeatures(image, depth, share * (share >= background))
+
+
+def linear(views=4, grid=(8, 8), noise=0.0, seed=0) -> SampleFeatures:
+    """Depth features that are a linear map of the image features, of one rank and so one of the other, too."""
+    generator = torch.Generator().manual_seed(99)
+    to_image, to_depth = torch.randn(4, 12, generator=generator), torch.randn(4, 8, generator=generator)
+    generator.manual_seed(seed)
+    hidden = torch.randn(*grid, 4, generator=generator).expand(views, -1, -1, -1)
+    hidden = hidden + noise * torch.randn(hidden.shape, generator=generator)
+    return SampleFeatures(hidden @ to_image, hidden @ to_depth, torch.ones(views, *grid))
+
+
+def trained(config=SMALL, seed=0, **options) -> modmap.ModMap:
+    """A head whose modulators have left the identity by far."""
+    head = modmap.fit([draw(**options)], config, seed, CPU)
+    for place, member in enumerate(head.members):
+        generator = torch.Generator().manual_seed(1000 + place)
+        for parameter in member.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return head
+
+
+def settings(name: str):
+    """A head's module and a configuration that is fitted in no time."""
+    module = importlib.import_module(f"dino_depth.anomaly.heads.{name}")
+    (config,) = (kind for key, kind in vars(module).items() if key.lower() == f"{name}config")
+    return module, SMALL if config is ModMapConfig else config()
+
+
+# Direct transcription of the equations: float64, one cell at a time
+
+
+def transcribed_mlp(layers, vector):
+    linear = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
+    for place, layer in enumerate(linear):
+        vector = layer.weight.detach().double().numpy() @ vector + layer.bias.detach().double().numpy()
+        if place < len(linear) - 1:
+            vector = np.array([0.5 * value * (1 + math.erf(value / math.sqrt(2))) for value in vector])
+    return vector
+
+
+def transcribed_distance(network, modulator, feature, observed, code):
+    if modulator is not None:
+        gamma, beta = np.split(transcribed_mlp(modulator, code), 2)  # equation 4
+        feature = gamma * feature + beta  # equation 5
+    predicted = transcribed_mlp(network, feature)  # equations 6 and 7
+    lengths = math.sqrt(sum(predicted**2)) * math.sqrt(sum(observed**2))
+    return 1 - sum(predicted * observed) / lengths  # equations 8 and 9
+
+
+def transcribed_code(source, target, views, class_index=0, classes=1):
+    code = np.zeros(2 * views + (classes if classes > 1 else 0))
+    code[source] = code[views + target] = 1
+    if classes > 1:
+        code[2 * views + class_index] = 1
+    return code
+
+
+def transcribed_scores(head, features, class_index=0):
+    """Image and depth distances (members * sources, 2, targets, cells) of every source, in float64."""
+    image, depth = (part.flatten(1, 2).double().numpy() for part in (features.image, features.depth))
+    count, cells = image.shape[:2]
+    every = head.config.conditioning == "cross-view"
+    found = np.zeros((len(head.members), count if every else 1, 2, count, cells))
+    for place, mapper in enumerate(head.members):
+        for target in range(count):
+            for at, source in enumerate(range(count) if every else [target]):
+                code = transcribed_code(source, target, max(head.views), class_index, len(head.views))
+                for cell in range(cells):
+                    found[place, at, 0, target, cell] = transcribed_distance(
+                        mapper.depth_to_image, mapper.depth_modulator, depth[source, cell], image[target, cell], code
+                    )
+                    found[place, at, 1, target, cell] = transcribed_distance(
+                        mapper.image_to_depth, mapper.image_modulator, image[source, cell], depth[target, cell], code
+                    )
+    return found.reshape(-1, *found.shape[2:])
+
+
+def as_array(maps):
+    return torch.stack([maps["image"], maps["depth"]]).flatten(2).double().numpy()
+
+
+@pytest.mark.parametrize("conditioning", ["none", "view", "cross-view"])
+@pytest.mark.parametrize("aggregate", ["min", "mean", "max"])
+def test_maps_equal_the_equations_in_float64(conditioning, aggregate):
+    head = trained(replace(SMALL, conditioning=conditioning, aggregate=aggregate, ensemble=2))
+    features = draw(seed=5)
+    expected = getattr(np, aggregate)(transcribed_scores(head, features), axis=0)
+    assert np.ptp(transcribed_scores(head, features), axis=0).mean() > 0.1  # members and sources do differ
+    np.testing.assert_allclose(as_array(modmap.score(head, features)), expected, atol=2e-6)
+
+
+def test_maps_of_several_classes_equal_the_equations_in_float64():
+    samples = [draw(views=3), draw(views=2, seed=1)]
+    head = modmap.fit(samples, replace(SMALL, steps=40, learning_rate=0.05), 0, CPU, classes=[0, 1])
+    for index, features in enumerate(samples):
+        expected = transcribed_scores(head, features, index).min(0)
+        np.testing.assert_allclose(as_array(modmap.score(head, features, class_index=index)), expected, atol=2e-6)
+    head = modmap.fit([draw(), draw(seed=1)], replace(SMALL, learning_rate=0.05), 0, CPU, classes=[0, 1])
+    maps = [modmap.score(head, draw(), class_index=index)["image"] for index in (0, 1)]
+    assert not torch.allclose(*maps, atol=1e-3)  # the class's code reaches the maps
+
+
+def test_the_first_loss_equals_the_equations_in_float64():
+    features = draw(views=2)
+    head = modmap.fit(
+        [features], replace(SMALL, pairs=4, steps=1, learning_rate=1e-12, initial_learning_rate=1e-12), 0, CPU
+    )
+    scores = transcribed_scores(head, features).sum(1)  # (sources, targets, cells), equation 10
+    shown = (features.share > 0).flatten(1).numpy()
+    expected = np.mean([scores[source, target][shown[target]].sum() for source in range(2) for target in range(2)])
+    assert head.losses.item() == pytest.approx(expected / shown.sum(1).mean(), abs=1e-6)
+
+
+def test_modulators_are_the_identity_before_training():
+    mapper = crossmodal.Mapper((7, 5), (10, 8), (9, 8), codes=6, modulator=6)
+    codes = crossmodal.view_codes(*torch.tensor([[0, 1, 2], [2, 2, 0], [0, 0, 0]]), 3, 1)
+    features = draw().image.flatten(1, 2)
+    assert torch.equal(crossmodal.modulate(features, mapper.image_modulator, codes), features)
+    gamma, beta = mapper.depth_modulator(codes).chunk(2, 1)
+    assert torch.equal(gamma, torch.ones(3, 5)) and torch.equal(beta, torch.zeros(3, 5))
+
+
+def test_all_steps_of_the_ladder_start_from_the_same_maps():
+    still = replace(SMALL, learning_rate=1e-12, initial_learning_rate=1e-12, steps=1, sources="target")
+    maps = [
+        as_array(modmap.score(modmap.fit([draw()], replace(still, conditioning=name), 3, CPU), draw(seed=8)))
+        for name in ("none", "view", "cross-view")
+    ]
+    np.testing.assert_allclose(maps[1], maps[0], atol=1e-6)
+    np.testing.assert_allclose(maps[2], maps[0], atol=1e-6)
+
+
+def test_cross_view_of_one_view_is_view():
+    heads = [modmap.fit([draw(views=1)], replace(SMALL, conditioning=name), 0, CPU) for name in ("view", "cross-view")]
+    assert torch.equal(heads[0].losses, heads[1].losses)
+    assert_same_maps(*(modmap.score(head, draw(views=1, seed=1)) for head in heads))
+
+
+def assert_same_maps(one, other):
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+
+
+def test_one_class_is_no_class():
+    heads = [modmap.fit([draw()], SMALL, 0, CPU, classes=classes) for classes in (None, [0])]
+    assert_same_maps(*(modmap.score(head, draw(seed=1)) for head in heads))
+
+
+def test_blocks_of_sources_do_not_change_the_maps(monkeypatch):
+    for aggregate in ("min", "mean", "max"):
+        head, features = trained(replace(SMALL, aggregate=aggregate), views=7), draw(views=7, seed=4)
+        monkeypatch.setitem(modmap.ROWS, "cpu", 1)
+        one_by_one = as_array(modmap.score(head, features))
+        for rows in (24, 36, 10**6):
+            monkeypatch.setitem(modmap.ROWS, "cpu", rows)
+            np.testing.assert_allclose(as_array(modmap.score(head, features)), one_by_one, atol=1e-6)
+
+
+def test_the_fast_path_equals_a_double_loop_over_single_pairs():
+    head, features = trained(views=5, dims=(32, 24)), draw(views=5, dims=(32, 24), seed=4)
+    maps = modmap.score(head, features)
+    for target in range(5):
+        single = [modmap.pair_maps(head, features, target, [source]) for source in range(5)]
+        for key, found in maps.items():
+            slow = torch.stack([pair[key][0] for pair in single]).amin(0)
+            torch.testing.assert_close(found[target], slow, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("conditioning", ["none", "view", "cross-view"])
+def test_permuted_views_and_codes_permute_the_maps(conditioning):
+    head, features = trained(replace(SMALL, conditioning=conditioning), views=4), draw(views=4, seed=2)
+    maps = modmap.score(head, features)
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = SampleFeatures(*(part[order] for part in vars(features).values()))
+    if conditioning != "none":
+        shifted = modmap.score(head, permuted)
+        assert not torch.allclose(shifted["image"], maps["image"][order], atol=1e-3)
+        for modulator in (head.members[0].image_modulator, head.members[0].depth_modulator):
+            weight = modulator[0].weight
+            weight.copy_(weight[:, torch.cat([order, order + 4])])
+    for key, found in modmap.score(head, permuted).items():
+        torch.testing.assert_close(found, maps[key][order], atol=1e-6, rtol=0)
+
+
+def test_fewer_sources_are_the_first_of_more_and_all_of_them_are_all():
+    head, features = trained(views=6), draw(views=6, seed=2)
+    maps = {count: modmap.score(replace(head, config=replace(head.config, sources=count)), features)
+            for count in (1, 2, 5, 6, "all", "target")}  # fmt: skip
+    for less, more in ((1, 2), (2, 5), (5, 6)):
+        for key in ("image", "depth"):
+            assert (maps[more][key] <= maps[less][key] + 1e-6).all() and (maps[more][key] < maps[less][key]).any()
+    np.testing.assert_allclose(as_array(maps[6]), as_array(maps["all"]), atol=1e-6)
+    expected = torch.cat([modmap.pair_maps(head, features, view, [view])["image"] for view in range(6)])
+    torch.testing.assert_close(maps["target"]["image"], expected, atol=1e-6, rtol=0)
+    drawn = [modmap._draw_sources(replace(head, config=replace(SMALL, sources=2), seed=seed), 6) for seed in range(9)]
+    assert len({tuple(one.tolist()) for one in drawn}) > 3
+
+
+def test_an_ensemble_is_the_minimum_over_models_trained_alone():
+    view = replace(SMALL, conditioning="view")
+    ensemble = modmap.fit([draw()], replace(view, ensemble=3), 5, CPU)
+    alone = [replace(ensemble, members=(member,)) for member in ensemble.members]
+    maps = [modmap.score(head, draw(seed=1))["depth"] for head in alone]
+    assert torch.equal(modmap.score(ensemble, draw(seed=1))["depth"], torch.stack(maps).amin(0))
+    assert not torch.allclose(maps[0], maps[1], atol=1e-3) and not torch.allclose(maps[1], maps[2], atol=1e-3)
+    first = modmap.fit([draw()], view, 5, CPU)
+    assert_same_maps(modmap.score(first, draw(seed=1)), modmap.score(alone[0], draw(seed=1)))
+
+
+# Training
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(2, 0.1), (15, 0.1), (40, 0.1), (40, 0.0), (40, 0.25), (600, 0.1)])
+def test_the_schedule_is_torchs_one_cycle(steps, warmup):
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+    torchs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 5e-4, total_steps=steps, pct_start=warmup, div_factor=5, anneal_strategy="cos"
+    )
+    for step in range(steps):
+        group = optimizer.param_groups[0]
+        assert crossmodal.one_cycle(step, steps, 1e-4, 5e-4, warmup) == pytest.approx(
+            (group["lr"], group["betas"][0]), rel=1e-9
+        )
+        optimizer.step()
+        if step < steps - 1:
+            torchs.step()
+
+
+def test_the_schedule_survives_few_steps():
+    for steps in (1, 10):
+        rates = [crossmodal.one_cycle(step, steps, 1e-4, 5e-4, 0.1)[0] for step in range(steps)]
+        assert max(rates) <= 5e-4 and min(rates) > 0 and rates[-1] == pytest.approx(1e-8 if steps > 1 else rates[-1])
+
+
+def test_an_epoch_is_every_pair_once(monkeypatch):
+    seen, codes = [], modmap.view_codes
+
+    def record(source, target, *more):
+        seen.extend(zip(source.tolist(), target.tolist(), strict=True))
+        return codes(source, target, *more)
+
+    monkeypatch.setattr(modmap, "view_codes", record)
+    head = modmap.fit([draw(views=3)], replace(SMALL, steps=None, epochs=2, pairs=4), 0, CPU)
+    every = sorted((source, target) for source in range(3) for target in range(3))
+    assert head.losses.shape == (1, 6)
+    assert sorted(seen[:9]) == sorted(seen[9:]) == every and seen[:9] != seen[9:]
+
+
+def test_only_cells_whose_target_shows_the_object_are_trained_on():
+    features = draw(views=2)
+    hidden = features.share == 0
+    changed = replace(features, image=features.image.masked_fill(hidden[..., None], 50.0))
+    config = replace(SMALL, conditioning="view")
+    assert torch.equal(modmap.fit([features], config, 0, CPU).losses, modmap.fit([changed], config, 0, CPU).losses)
+    cross = [modmap.fit([one], SMALL, 0, CPU).losses for one in (features, changed)]
+    assert not torch.equal(*cross)  # a source's background predicts a target's object
+
+
+def test_cells_are_drawn_without_replacement_among_those_that_show_the_object():
+    shown = torch.rand(5, 40, generator=torch.Generator().manual_seed(0)) > 0.6
+    shown[0], shown[1, 3:] = True, False
+    generator = torch.Generator().manual_seed(1)
+    for tokens in (None, 1, 6, 40, 100):
+        cells, weight = crossmodal.draw_cells(shown, tokens, generator)
+        for row in range(5):
+            kept = cells[row][weight[row] > 0].tolist()
+            assert len(set(kept)) == len(kept) == min(tokens or 40, int(shown[row].sum()))
+            assert shown[row, kept].all()
+    counts = torch.zeros(40)
+    for _ in range(400):
+        counts[crossmodal.draw_cells(shown[:1], 6, generator)[0][0]] += 1
+    assert counts.min() > 30 and counts.max() < 95  # 60 each
+
+
+def test_as_many_cells_as_there_are_is_all_of_them():
+    losses = [modmap.fit([draw()], replace(SMALL, tokens=tokens), 0, CPU).losses for tokens in (None, 12, 1)]
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize("conditioning", ["none", "view", "cross-view"])
+def test_the_loss_falls_where_depth_is_a_linear_map_of_the_image(conditioning):
+    config = ModMapConfig(conditioning, (32, 24), (24, 24), steps=300, learning_rate=5e-3)
+    head = modmap.fit([linear(noise=0.1)], config, 0, CPU)
+    assert head.losses.shape == (1, 300)
+    assert head.losses[0, :5].mean() > 1 and head.losses[0, -5:].mean() < 0.15
+    nominal = linear(noise=0.1, seed=0)
+    defective = replace(nominal, depth=nominal.depth.clone())
+    defective.depth[1, 2, 3] *= -1
+    for key, maps in modmap.score(head, defective).items():
+        repaired = conditioning == "cross-view" and key == "image"  # another view's depth predicts the image there
+        assert (maps[1, 2, 3] > 5 * maps.flatten().quantile(0.95)) != repaired
+
+
+def test_seeds_decide_and_nothing_else_does():
+    torch.manual_seed(1)
+    first = modmap.fit([draw()], replace(SMALL, tokens=3), 0, CPU)
+    before = torch.random.get_rng_state()
+    second = modmap.fit([draw()], replace(SMALL, tokens=3), 0, CPU)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    other = modmap.fit([draw()], replace(SMALL, tokens=3), 1, CPU)
+    assert torch.equal(first.losses, second.losses) and not torch.equal(first.losses, other.losses)
+    assert_same_maps(modmap.score(first, draw(seed=1)), modmap.score(second, draw(seed=1)))
+
+
+def test_a_diverging_loss_is_one_line():
+    with pytest.raises(ReportedError, match="the loss became .* at step .*learning_rate"):
+        modmap.fit([draw()], replace(SMALL, steps=30, learning_rate=1e38, initial_learning_rate=1e38), 0, CPU)
+
+
+# Memory
+
+
+class Peak(TorchDispatchMode):
+    """Largest number of bytes that tensors made inside held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.holders, self.live, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                place, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+                self.live += 0 if place in self.holders else size
+                self.holders[place] = self.holders.get(place, 0) + 1
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(tensor, self.forget, place, size)
+        return result
+
+    def forget(self, place, size):
+        self.holders[place] -= 1
+        if not self.holders[place]:
+            del self.holders[place]
+            self.live -= size
+
+
+def test_peak_memory_counts_what_is_alive():
+    with Peak() as peak:
+        first = torch.zeros(1000)
+        for _ in range(5):
+            second = (torch.ones(2000) + first[:1]).view(2, 1000)
+        del second
+        torch.zeros(10)
+    assert 4 * (1000 + 2000 * 2) <= peak.peak <= 4 * (1000 + 2000 * 3 + 1)
+    assert peak.live == 4 * 1000
+
+
+def test_memory_grows_with_the_number_of_views_and_not_with_its_square(monkeypatch):
+    monkeypatch.setitem(modmap.ROWS, "cpu", 2048)
+    peaks = {}
+    for views in (4, 8, 16, 32):
+        features = draw(views=views, grid=(16, 16), dims=(6, 6))
+        head = modmap.fit([features], replace(SMALL, steps=1, ensemble=2), 0, CPU)
+        with Peak() as peak:
+            modmap.score(head, features)
+        peaks[views] = peak.peak
+    features, maps = 16 * 16 * 12 * 4, 16 * 16 * 2 * 4  # bytes of one view
+    assert peaks[32] - peaks[16] < 16 * (features + maps) + 4000  # and the codes of one block
+    assert peaks[32] < 32 * features + 32 * 32 * maps / 4  # what all pairs at once would need is far above
+
+
+# PatchCore
+
+
+def brute_force_coreset(points, count, first):
+    chosen = [first]
+    while len(chosen) < count:
+        distances = [min(np.linalg.norm(point - points[at]) for at in chosen) for point in points]
+        chosen.append(int(np.argmax(distances)))
+    return chosen
+
+
+def test_the_coreset_is_that_of_brute_force():
+    for seed in range(20):
+        points = torch.randn(30, 4, generator=torch.Generator().manual_seed(seed)) + 3
+        chosen = patchcore.greedy_coreset(points, 12, seed).tolist()
+        assert chosen == brute_force_coreset(points.double().numpy(), 12, chosen[0])
+
+
+def test_the_coreset_covers_and_never_repeats():
+    points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).repeat(3, 1)
+    chosen = patchcore.greedy_coreset(points, 300, 0)
+    assert len(set(chosen.tolist())) == 300
+    assert patchcore.nearest_distance(points, points[chosen]).max() == 0  # 200 distinct points come before any twin
+    assert patchcore.greedy_coreset(points, 900, 0).tolist() == list(range(600))
+
+
+def test_the_projection_keeps_a_covering_coreset():
+    points = torch.randn(400, 256, generator=torch.Generator().manual_seed(0))
+    points[:, 4:] *= 0.01
+    radius = {
+        projection: torch.cdist(points, points[patchcore.greedy_coreset(points, 40, 0, projection)]).amin(1).max()
+        for projection in (0, 64)
+    }
+    shuffled = torch.randperm(400, generator=torch.Generator().manual_seed(1))[:40]
+    assert radius[64] < 1.4 * radius[0] and radius[64] < torch.cdist(points, points[shuffled]).amin(1).max()
+
+
+def test_distances_to_the_bank_equal_brute_force(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    features, bank = torch.randn(50, 6, generator=generator) + 20, torch.randn(13, 6, generator=generator) + 20
+    features[7] = bank[3]
+    expected = np.linalg.norm(features.double().numpy()[:, None] - bank.double().numpy()[None], axis=2).min(1)
+    for block in (1, 100, 2**24):
+        monkeypatch.setattr(patchcore, "BLOCK", block)
+        found = patchcore.nearest_distance(features, bank)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert found[7] == 0
+
+
+@pytest.mark.parametrize("modality", ["image", "depth", "both"])
+def test_patchcore_scores_its_training_cells_zero_and_never_keeps_the_background(modality):
+    features = draw()
+    head = patchcore.fit([features], PatchCoreConfig(modality, share=1.0), 0, CPU)
+    shown = features.share > 0
+    assert len(head.bank) == shown.sum()
+    (maps,) = patchcore.score(head, features).values()
+    assert (maps[shown] == 0).all() and (maps[~shown] > 0).all()
+
+
+def test_patchcore_of_both_weighs_modalities_alike():
+    features = draw()
+    loud = replace(features, depth=features.depth * 1000)
+    config = PatchCoreConfig("both", share=0.5)
+    quiet, noisy = (patchcore.score(patchcore.fit([one], config, 0, CPU), one)["both"] for one in (features, loud))
+    torch.testing.assert_close(quiet, noisy, atol=1e-4, rtol=1e-4)
+
+
+def test_the_bank_is_bounded():
+    samples = [draw(seed=seed) for seed in range(4)]
+    sizes = [len(patchcore.fit(samples, PatchCoreConfig(share=share, limit=limit), 0, CPU).bank)
+             for share, limit in ((0.25, 1000), (1.0, 17), (1.0, 10**6))]  # fmt: skip
+    count = sum(int((sample.share > 0).sum()) for sample in samples)
+    assert sizes == [math.ceil(count / 4), 17, count]
+
+
+# What every head must do
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_gives_maps_and_survives_its_state(name):
+    module, config = settings(name)
+    head = module.fit([draw()], config, 0, CPU)
+    features = draw(seed=3)
+    maps = module.score(head, features)
+    for values in maps.values():
+        assert values.shape == features.share.shape and values.dtype == torch.float32 and values.isfinite().all()
+        assert (values >= 0).all() and not values.requires_grad
+    file = io.BytesIO()
+    torch.save(head.state(), file)
+    file.seek(0)
+    back = module.from_state(torch.load(file, weights_only=True), CPU)
+    assert_same_maps(module.score(back, features), maps)
+    assert_same_maps(module.score(module.fit([draw()], config, 0, CPU), features), maps)
+    with pytest.raises(DataError, match=f"not the state of a {name} head") as error:
+        module.from_state({key: value for key, value in head.state().items() if key != "dims"}, CPU)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_takes_several_classes_and_another_grid_at_inference(name):
+    module, config = settings(name)
+    head = module.fit([draw(views=3), draw(views=2, seed=1)], config, 0, CPU, classes=[0, 1])
+    maps = module.score(head, draw(views=2, grid=(5, 6), seed=2), class_index=1)
+    assert all(values.shape == (2, 5, 6) for values in maps.values())
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("part", ["image", "depth", "share"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_none_are_one_line(name, part, value):
+    module, config = settings(name)
+    broken = draw()
+    getattr(broken, part)[1, 0, 0] = value
+    head = module.fit([draw()], config, 0, CPU)
+    for call in (lambda: module.fit([draw(), broken], config, 0, CPU), lambda: module.score(head, broken)):
+        with pytest.raises(DataError, match=f"{part}.* of view 1 hold NaN") as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_features_that_do_not_fit_are_one_line(name):
+    module, config = settings(name)
+    head = module.fit([draw()], config, 0, CPU)
+    good, empty = draw(), draw(background=2.0)
+    for broken, message in (
+        (draw(dims=(7, 6)), "7 image and 6 depth channels"),
+        (replace(good, depth=good.depth[:2]), "must agree in views"),
+        (replace(good, share=good.share[:, :2]), "must agree in views"),
+        (replace(good, image=good.image[0]), "must agree in views"),
+        (SampleFeatures(*(part[:0] for part in vars(good).values())), "no view"),
+    ):
+        for call in (lambda b=broken: module.fit([good, b], config, 0, CPU), lambda b=broken: module.score(head, b)):
+            with pytest.raises(DataError, match=message) as error:
+                call()
+            assert "\n" not in str(error.value)
+    for samples in ([], [empty]):
+        with pytest.raises(DataError, match="no training sample|shows? (an|the) object|0 training samples"):
+            module.fit(samples, config, 0, CPU)
+
+
+def test_a_modality_that_was_not_encoded_is_missed_by_the_heads_that_need_it():
+    image, depth = draw(dims=(7, 0)), draw(dims=(0, 5))
+    for one in (image, depth):
+        with pytest.raises(ConfigError, match="modmap .* both"):
+            modmap.fit([one], SMALL, 0, CPU)
+    for modality, one, other in (("image", image, depth), ("depth", depth, image)):
+        maps = patchcore.score(patchcore.fit([one], PatchCoreConfig(modality), 0, CPU), one)
+        assert maps[modality].shape == one.share.shape
+        for wrong in (modality, "both"):
+            with pytest.raises(ConfigError, match=f"patchcore.modality {wrong}"):
+                patchcore.fit([other], PatchCoreConfig(wrong), 0, CPU)
+
+
+def test_numbers_of_views_that_differ_are_one_line():
+    head = modmap.fit([draw(views=3)], SMALL, 0, CPU)
+    with pytest.raises(DataError, match="4 views, the head was fitted on 3"):
+        modmap.score(head, draw(views=4))
+    with pytest.raises(DataError, match="class index 1, the head was fitted on 1"):
+        modmap.score(head, draw(views=3), class_index=1)
+    with pytest.raises(DataError, match="sample 1 has 2 views, class 0 has 3"):
+        modmap.fit([draw(views=3), draw(views=2)], SMALL, 0, CPU)
+    with pytest.raises(DataError, match=r"sample 1 has a grid of \(2, 4\), the first of \(3, 4\)"):
+        modmap.fit([draw(), draw(grid=(2, 4))], SMALL, 0, CPU)
+    with pytest.raises(DataError, match=r"class indices must be 0 to C - 1"):
+        modmap.fit([draw()], SMALL, 0, CPU, classes=[1])
+    with pytest.raises(DataError, match="1 training samples with 2 class indices"):
+        modmap.fit([draw()], SMALL, 0, CPU, classes=[0, 1])
+    hidden = draw()
+    hidden.share[2] = 0
+    with pytest.raises(DataError, match="sample 1: no cell of view 2 shows the object"):
+        modmap.fit([draw(), hidden], SMALL, 0, CPU)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"modulator": 0}, {"epochs": 0}, {"steps": 0}, {"pairs": 0}, {"tokens": 0}, {"ensemble": 0}, {"sources": 0},
+        {"warmup": 1.5}, {"learning_rate": 0.0}, {"initial_learning_rate": 1.0}, {"image_to_depth": (0, 2)},
+        {"sources": 2, "conditioning": "view"},
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_name_their_key(change):
+    with pytest.raises(ConfigError, match=f"modmap.*{next(iter(change))}"):
+        modmap.fit([draw()], replace(SMALL, **change), 0, CPU)
+
+
+def test_more_sources_than_views_are_refused():
+    head = modmap.fit([draw()], replace(SMALL, sources=4), 0, CPU)
+    with pytest.raises(ConfigError, match="modmap.sources 4 exceeds the 3 views"):
+        modmap.score(head, draw())
+
+
+def test_settings_of_patchcore_that_cannot_work_are_refused():
+    for change in ({"share": 0.0}, {"share": 1.5}, {"limit": 0}, {"projection": -1}):
+        with pytest.raises(ConfigError, match=f"patchcore.*{next(iter(change))}"):
+            patchcore.fit([draw()], PatchCoreConfig(**change), 0, CPU)
+
+
+def test_the_settings_can_be_written_on_a_command_line():
+    words = ["--conditioning", "view", "--sources", "5", "--tokens", "64", "--image_to_depth", "[16,8]"]
+    config = parse(ModMapConfig, words, "test")
+    assert (config.conditioning, config.sources, config.tokens) == ("view", 5, 64)
+    assert list(config.image_to_depth) == [16, 8]
+    assert parse(ModMapConfig, [], "test").sources == "all" and parse(PatchCoreConfig, [], "test").modality == "both"
