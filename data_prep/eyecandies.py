@@ -22,7 +22,7 @@ from data_prep.tree import RawTree
 from dino_depth.depth import DepthMap
 from dino_depth.errors import DataError
 
-__all__ = ["PUBLISHED", "describe", "items", "read"]
+__all__ = ["LICENCE", "PUBLISHED", "items", "read"]
 
 LICENCE = "Eyecandies, no data licence stated by its repository (see eyecan-ai.github.io/eyecandies)"
 LAYOUT = "[<category>/]{train,val,test_public,test_private}/data/*_depth.png"
@@ -95,11 +95,6 @@ def read(item: Item) -> DepthMap:
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in (low, high)) or high < low:
         raise DataError(f"{bounds.name}: normalization must be two numbers, min <= max, got {low!r} and {high!r}")
     return DepthMap.from_values(codes / np.float64(65535) * (high - low) + low)
-
-
-def describe(items: list[Item]) -> dict[str, str]:
-    """For the manifest: the licence."""
-    return {"licence": LICENCE}
 
 
 def _yaml(file: RawFile) -> Any:

@@ -112,9 +112,7 @@ def _check(options: FolderOptions):
     if options.scale and options.unit != "auto":
         raise ConfigError(f"folder.scale {options.scale} and folder.unit {options.unit} contradict: give one")
     if options.encoding == "grey" and (options.scale or options.unit != "auto" or options.missing):
-        raise ConfigError(
-            "folder.encoding grey is brightness: it has no folder.unit, scale or missing"
-        )
+        raise ConfigError("folder.encoding grey is brightness: it has no folder.unit, scale or missing")
     if options.encoding == "nyu_raw" and (options.scale or options.unit != "auto"):
         raise ConfigError("folder.encoding nyu_raw is metric by itself: give neither folder.scale nor folder.unit")
     if options.larger_is == "farther" and options.offset:

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from data_prep.archives import RawFile
+from data_prep.formats import decode_image
 from data_prep.tree import RawTree
 from dino_depth.errors import DataError
 
-__all__ = ["SYNTHETIC", "Item", "Published", "find_items", "sample_keys", "unexpected_layout"]
+__all__ = ["SYNTHETIC", "Item", "Published", "find_items", "read_image", "sample_keys", "unexpected_layout"]
 
 # Lies at the root of a rendered tree and says so; real datasets have no such file.
 SYNTHETIC = "SYNTHETIC.json"
@@ -118,6 +121,15 @@ def find_items(
     if not found:
         raise unexpected_layout(tree, dataset, layout)
     return found
+
+
+def read_image(item: Item) -> np.ndarray:
+    """The (height, width, 3) uint8 colours of a PNG or JPEG image; grey is repeated.
+
+    Raises:
+        DataError: not a complete image of 8 bits a channel.
+    """
+    return decode_image(item.file.read())
 
 
 def unexpected_layout(tree: RawTree, dataset: str, expected: str) -> DataError:

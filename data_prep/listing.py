@@ -51,6 +51,12 @@ class Listing:
         return getattr(reader_module(self.reader), "PUBLISHED", [])
 
     @property
+    def description(self) -> dict[str, Any]:
+        """For the manifest: the licence, and whatever else its reader can tell of the files."""
+        reader = reader_module(self.reader)
+        return reader.describe(self.items) if hasattr(reader, "describe") else {"licence": reader.LICENCE}
+
+    @property
     def counts(self) -> Counter[tuple[str, str, str]]:
         """Files by (category, split, label)."""
         return Counter((item.category, item.split, item.label) for item in self.items)
@@ -62,12 +68,12 @@ class Listing:
 
 
 def readers() -> list[str]:
-    """The dataset names: the modules of this package that define ``items`` and ``read`` or ``read_image``."""
+    """The dataset names: the modules of this package that define ``items``."""
     names = []
     for module in iter_modules(data_prep.__path__):
         spec = util.find_spec(f"{data_prep.__name__}.{module.name}")
         source = (spec.loader.get_source(spec.name) or "") if not module.ispkg else ""
-        if "\ndef items(" in source and ("\ndef read(" in source or "\ndef read_image(" in source):
+        if "\ndef items(" in source:
             names.append(module.name)
     return names
 

@@ -9,13 +9,10 @@ in grey; they are read as three equal channels. The siblings MVTec LOCO and MVTe
 lacks, so that their trees are refused.
 """
 
-import numpy as np
-
-from data_prep.formats import decode_image
-from data_prep.item import Item, Published, find_items
+from data_prep.item import Item, Published, find_items, read_image
 from data_prep.tree import RawTree
 
-__all__ = ["PUBLISHED", "describe", "items", "read_image"]
+__all__ = ["LICENCE", "PUBLISHED", "items", "read_image"]
 
 LICENCE = "MVTec AD, CC BY-NC-SA 4.0 (non-commercial)"
 LAYOUT = "[<category>/]{train,test}/<label>/*.png"
@@ -51,17 +48,3 @@ def items(tree: RawTree) -> list[Item]:
         return Item("mvtec_ad", category, split, label, stem, tree[name], source, extra=extra)
 
     return find_items(tree, "mvtec_ad", PATTERN, LAYOUT, SPLITS, make)
-
-
-def read_image(item: Item) -> np.ndarray:
-    """The (height, width, 3) uint8 colours of a photograph; grey is repeated.
-
-    Raises:
-        DataError: not a complete image of 8 bits a channel.
-    """
-    return decode_image(item.file.read())
-
-
-def describe(items: list[Item]) -> dict[str, str]:
-    """For the manifest: the licence."""
-    return {"licence": LICENCE}

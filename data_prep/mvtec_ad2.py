@@ -14,14 +14,11 @@ ROOT may also be one category's folder, an archive of either, or a folder with s
 
 import re
 
-import numpy as np
-
-from data_prep.formats import decode_image
-from data_prep.item import Item, Published, find_items
+from data_prep.item import Item, Published, find_items, read_image
 from data_prep.tree import RawTree
 from dino_depth.errors import DataError
 
-__all__ = ["PUBLISHED", "describe", "items", "read_image"]
+__all__ = ["LICENCE", "PUBLISHED", "items", "read_image"]
 
 LICENCE = "MVTec AD 2, CC BY-NC-SA 4.0 (non-commercial)"
 LAYOUT = "[<category>/]{train,validation,test_public}/<label>/*.png or [<category>/]test_private/*.png"
@@ -76,17 +73,3 @@ def items(tree: RawTree) -> list[Item]:
         return Item("mvtec_ad2", category, split, label or "unknown", stem, tree[name], source, group, extra)
 
     return find_items(tree, "mvtec_ad2", PATTERN, LAYOUT, SPLITS, make)
-
-
-def read_image(item: Item) -> np.ndarray:
-    """The (height, width, 3) uint8 colours of a photograph; grey is repeated.
-
-    Raises:
-        DataError: not a complete image of 8 bits a channel.
-    """
-    return decode_image(item.file.read())
-
-
-def describe(items: list[Item]) -> dict[str, str]:
-    """For the manifest: the licence."""
-    return {"licence": LICENCE}

@@ -10,14 +10,11 @@ published dataset, are PNGs below the category's folder too, but never images.
 
 from collections import Counter
 
-import numpy as np
-
-from data_prep.formats import decode_image
-from data_prep.item import Item, Published, find_items
+from data_prep.item import Item, Published, find_items, read_image
 from data_prep.tree import RawTree
 from dino_depth.errors import DataError
 
-__all__ = ["PUBLISHED", "describe", "items", "read_image"]
+__all__ = ["LICENCE", "PUBLISHED", "items", "read_image"]
 
 LICENCE = "MVTec LOCO AD, CC BY-NC-SA 4.0 (non-commercial)"
 LAYOUT = "[<category>/]{train,validation,test}/{good,logical_anomalies,structural_anomalies}/*.png"
@@ -61,17 +58,3 @@ def items(tree: RawTree) -> list[Item]:
         return Item("mvtec_loco", category, split, label, stem, tree[name], source, extra=extra)
 
     return find_items(tree, "mvtec_loco", PATTERN, LAYOUT, SPLITS, make)
-
-
-def read_image(item: Item) -> np.ndarray:
-    """The (height, width, 3) uint8 colours of a photograph; grey is repeated.
-
-    Raises:
-        DataError: not a complete image of 8 bits a channel.
-    """
-    return decode_image(item.file.read())
-
-
-def describe(items: list[Item]) -> dict[str, str]:
-    """For the manifest: the licence."""
-    return {"licence": LICENCE}

@@ -344,7 +344,7 @@ def _manifest(planned: Plan, rows: list[dict], dropped: dict[str, list[dict]]) -
             )
         kept += usable
         sources[listing.dataset] = {
-            "reader": listing.reader, **reader_module(listing.reader).describe(listing.items), **listing.origin,
+            "reader": listing.reader, **listing.description, **listing.origin,
             "files_listed": listing.listed, "maps": len(usable),
             # Maps of one scene, under several lights, are near-duplicates: training may take one of them an epoch.
             "scenes": len({(item.category, item.group) if item.group else item.source for item in usable}),

@@ -16,14 +16,11 @@ import io
 import re
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from data_prep.formats import decode_image
-from data_prep.item import Item, Published, find_items
+from data_prep.item import Item, Published, find_items, read_image
 from data_prep.tree import RawTree
 from dino_depth.errors import ConfigError, DataError
 
-__all__ = ["PUBLISHED", "VisaOptions", "describe", "items", "read_image"]
+__all__ = ["LICENCE", "PUBLISHED", "VisaOptions", "items", "read_image"]
 
 LICENCE = "VisA, CC BY 4.0"
 LAYOUT = "[<category>/]Data/Images/{Normal,Anomaly}/*.JPG"
@@ -139,17 +136,3 @@ def _rows(tree: RawTree, table: str) -> dict[str, Row]:
     if not rows:
         raise DataError(f"{tree[name]} is no table of splits: it has no rows")
     return rows
-
-
-def read_image(item: Item) -> np.ndarray:
-    """The (height, width, 3) uint8 colours of a photograph.
-
-    Raises:
-        DataError: not a complete image of 8 bits a channel.
-    """
-    return decode_image(item.file.read())
-
-
-def describe(items: list[Item]) -> dict[str, str]:
-    """For the manifest: the licence."""
-    return {"licence": LICENCE}
