@@ -10,4 +10,8 @@ and, where the dataset needs them,
 
 - ``finish(root, samples)``: writes what belongs to the whole tree, after all samples;
 - ``archives(root)``: (archive, folder below ``root`` or "" for everything) pairs, as the dataset is published.
+
+A layout with options of its own, the field of SynthConfig that has its name, takes them as the last argument of
+``prepare`` and ``write``. It may have ``objects(options)``, which checks them and names further categories;
+``DEFAULTS``, values of SynthConfig's fields that are not given; and ``CHUNK``, the samples in one task of a worker.
 """
