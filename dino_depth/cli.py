@@ -39,6 +39,10 @@ COMMANDS = {
     "export": Command(
         "write transformers and timm folders", "dino_depth.pretrain.export", "ExportConfig", "export", ("run",)
     ),
+    "evaluate": Command(
+        "frozen encoders and a head on a benchmark", "dino_depth.anomaly.evaluate", "EvaluateConfig", "evaluate"
+    ),
+    "report": Command("a page about an evaluation", "dino_depth.anomaly.report", "ReportConfig", "report", ("run",)),
     "doctor": Command("what this machine offers", "dino_depth.doctor", "DoctorConfig", "doctor"),
 }
 

@@ -6,7 +6,7 @@ import io
 import numpy as np
 from PIL import Image
 
-__all__ = ["MISSING", "VIRIDIS", "colour", "data_uri"]
+__all__ = ["MISSING", "TABLE", "VIRIDIS", "colour", "data_uri"]
 
 MISSING = (226, 114, 91)  # no colour of viridis is near it
 # Ten equidistant colours of matplotlib's viridis (CC0), dark to bright.

@@ -57,6 +57,7 @@ def test_the_demo_in_small_makes_every_file_and_fails_its_gate_honestly(tmp_path
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
     words = ["--recipe", tmp_path / "small.yaml", "--mvtec3d", 4, "--eyecandies", 2, "--test", 4, "--size", 48]
     out = tmp_path / "demo"
+    words += ["--image_steps", 3, "--benchmark_size", 56, "--head_steps", 3, "--objects", "[hex_nut]"]
     assert run("demo", "--out", out, *words, "--steps", 3, "--image_size", 56) == 4
     assert "demo: " in capsys.readouterr().err.splitlines()[-1]
     results = json.loads((out / "run" / "results.json").read_text())
@@ -65,6 +66,9 @@ def test_the_demo_in_small_makes_every_file_and_fails_its_gate_honestly(tmp_path
     assert "http" not in page.split("<body")[1].split("src=")[0] and "data:image/png;base64," in page
     for name in ("transformers/model.safetensors", "timm/model.safetensors", "transformers/README.md"):
         assert (out / "export" / name).is_file()
+    measured = json.loads((out / "evaluation" / "results.json").read_text())
+    assert measured["complete"] and measured["synthetic"] and measured["categories"] == ["hex_nut"]
+    assert (out / "evaluation" / "report.html").stat().st_size > 100_000
     card = (out / "export/transformers/README.md").read_text()
     assert "rendered parts in the layout of mvtec3d" in card and "\ndatasets:" not in card
     assert run("demo", "--out", tmp_path) == 2  # a folder that is no earlier demo is left alone
