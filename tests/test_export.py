@@ -23,6 +23,7 @@ from dino_depth.errors import ConfigError, DataError, GateError, ReportedError
 from dino_depth.pretrain import checkpoint, model_folders
 from dino_depth.pretrain import export as export_module
 from dino_depth.pretrain.export import ExportConfig, export
+from dino_depth.pretrain.model_card import training_data
 from dino_depth.pretrain.parity import compare, worst
 from dino_depth.pretrain.shards import DepthShards
 from dino_depth.vit import DepthTransformer, resize_position_embedding
@@ -365,6 +366,18 @@ def test_explicit_checkpoint_and_shards(layer_scale, shards, tmp_path):
     assert provenance["step"] == 3 and provenance["training_data"] == "unknown"
     assert "unknown" in (tmp_path / "out" / "transformers" / "README.md").read_text()
     assert json.loads((tmp_path / "out" / "parity.json").read_text())["samples"] == 5
+
+
+def test_the_network_behind_pseudo_depth_brings_its_own_terms(tmp_path):
+    """Depth of freely licensed images that a non-commercial network estimated is not free of its terms."""
+    folder = write_shards(tmp_path / "shards", licence="VisA, CC BY 4.0")
+    assert not training_data(DepthShards(str(folder))).non_commercial
+    manifest = json.loads((folder / "manifest.json").read_text())
+    estimated = {"model": "owner/net", "revision": "c0ffee", "licence": "CC-BY-NC-4.0"}
+    manifest["sources"]["example"]["pseudo_depth"] = estimated
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    data = training_data(DepthShards(str(folder)))
+    assert data.rows[0]["licence"] == "VisA, CC BY 4.0; depth by owner/net, CC-BY-NC-4.0" and data.non_commercial
 
 
 def test_cards_and_papers(exported, place, run):
