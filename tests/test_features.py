@@ -1,6 +1,7 @@
 import functools
 import logging
 import math
+import os
 import subprocess
 import sys
 import time
@@ -202,6 +203,19 @@ def test_a_damaged_entry_is_computed_again_and_logged(encoders, tmp_path, damage
 
 def taken(folder):
     return sum(path.stat().st_size for path in folder.iterdir() if path.name != "lock")
+
+
+def test_what_fits_together_is_stored_after_one_look_at_the_folder(tmp_path, monkeypatch):
+    arrays = {name * 64: np.arange(8, dtype="<f2") for name in "abcdef"}
+    looks, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: looks.append(folder) or scandir(folder))
+    FeatureCache(tmp_path / "roomy", 1.0).write(arrays)
+    assert looks == [tmp_path / "roomy"] and len(entries(tmp_path / "roomy")) == 6
+    looks.clear()
+    # Where they do not, each makes room by itself, and the last ones stay.
+    small = FeatureCache(tmp_path / "small", 2 * (16 + 32) / 2**30)
+    small.write(arrays)
+    assert len(looks) == 6 and [path.stem[0] for path in entries(tmp_path / "small")] == ["e", "f"]
 
 
 def test_the_cache_stays_within_its_limit_and_drops_what_was_used_longest_ago(tmp_path):

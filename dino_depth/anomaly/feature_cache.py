@@ -83,10 +83,12 @@ class FeatureCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._exclusive():
+                # One look at the folder for all that fit together: it may hold a hundred thousand entries.
+                together = sum(2 * array.size + DIGEST for array in arrays.values())
+                roomy = together <= self.limit and self._make_room(together)
                 for key, array in arrays.items():
-                    payload = np.ascontiguousarray(array, "<f2").tobytes()
-                    if self._make_room(len(payload) + DIGEST):
-                        self._store(key, payload)
+                    if roomy or self._make_room(2 * array.size + DIGEST):
+                        self._store(key, np.ascontiguousarray(array, "<f2").tobytes())
         except OSError as error:
             reason = f"feature cache {self.folder}: {error.strerror or error}"
             raise ReportedError(f"{reason}: free some space, or name another folder or none") from error
@@ -114,7 +116,7 @@ class FeatureCache:
                 state = entry.stat()
                 entries.append((state.st_mtime_ns, entry.name, state.st_size))
         used = size + sum(entry[2] for entry in entries)
-        for _, name, taken in sorted(entries):
+        for _, name, taken in sorted(entries) if used > self.limit else ():
             if used <= self.limit:
                 break
             (self.folder / name).unlink(missing_ok=True)
