@@ -101,6 +101,11 @@ def test_an_installed_wheel_works_away_from_the_checkout(tmp_path):
     installed("synth", "mvtec3d", "--out", "raw", "--per_category", "2", "--categories", "2", "--size", "48")
     installed("prep", "mvtec3d", "--root", "raw", "--out", "shards")
     installed("check", "shards")
+    installed("inspect", "shards", "--out", "page.html")
+    assert "limit of each" in installed("submit", "--help").stdout
+    assert "sources:" in installed("prep", "--config", "prep/split_c", "--print_config").stdout
+    templates = ("anomaly/report.html.jinja", "anomaly/viewer.js", "configs/published.yaml")
+    assert all((site / "dino_depth" / name).is_file() for name in templates)
     where = subprocess.run(
         [sys.executable, "-P", "-c", "import dino_depth, data_prep; print(dino_depth.__file__, data_prep.__file__)"],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
