@@ -60,9 +60,9 @@ class DemoConfig:
     steps: int = 0
     image_size: int = 896
     image_steps: int = 250
-    objects: list[str] = field(default_factory=lambda: ["heat_sink"])
+    objects: list[str] = field(default_factory=lambda: ["star_knob"])
     benchmark_size: int = 224
-    head_steps: int = 300
+    head_steps: int = 600
     seed: int = 0
 
 
