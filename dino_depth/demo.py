@@ -62,7 +62,7 @@ class DemoConfig:
     image_steps: int = 250
     objects: list[str] = field(default_factory=lambda: ["star_knob"])
     benchmark_size: int = 224
-    head_steps: int = 600
+    head_steps: int = 300
     seed: int = 0
 
 
