@@ -10,7 +10,6 @@ import heapq
 import json
 import math
 import os
-import re
 import tarfile
 from array import array
 from collections import Counter
@@ -31,7 +30,8 @@ from data_prep.shrink import shrink
 from data_prep.summary import Histogram, count_table, drop_groups, histogram, paper_table, readable, split_order
 from dino_depth.depth import UNIT, decode_png
 from dino_depth.errors import ConfigError, DataError
-from dino_depth.picture import MISSING, VIRIDIS, colour, data_uri
+from dino_depth.licences import non_commercial
+from dino_depth.picture import MISSING, VIRIDIS, colour, data_uri, write_page
 from dino_depth.progress import Progress
 from dino_depth.storage import RemotePath, ShardCache, location, open_shard
 
@@ -40,7 +40,6 @@ __all__ = ["InspectConfig", "inspect"]
 THUMBNAIL = 128  # longest side, pixels
 MAPS_SHOWN = 600  # on a page; a thumbnail of a noisy sensor takes 10 kB there
 SIZES_SHOWN = 6
-NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial", re.IGNORECASE)
 STRINGS = ("dataset", "category", "split", "label")
 PNG, JSON = ".depth.png", ".json"
 
@@ -131,10 +130,7 @@ def inspect(config: InspectConfig):
         missing=MISSING,
         viridis=[f"rgb{tuple(row)}" for row in VIRIDIS.astype(int).tolist()],
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".tmp")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, out)
+    write_page(out, page)
     shown = sum(map(len, sheets.values()))
     print(f"{out}: {manifest['total']} maps, {shown} of them shown, {_bytes(out.stat().st_size)}")
 
@@ -325,7 +321,7 @@ def _source(folder: Path | RemotePath, name: str, source: dict, found: _Found, s
         raise DataError(f"{folder / MANIFEST}: sources.{name}.dropped holds no path, reason and flat") from None
     return {
         "name": name, "reader": source["reader"], "licence": source["licence"], "synthetic": source["synthetic"],
-        "non_commercial": bool(NON_COMMERCIAL.search(source["licence"])),
+        "non_commercial": non_commercial(source["licence"]),
         "maps": counts.total(), "share": 100 * counts.total() / manifest["total"],
         "files": source["files_listed"].get("count"),
         "facts": {key.replace("_", " "): _words(value) for key, value in source.items() if key not in shown},

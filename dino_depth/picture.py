@@ -2,11 +2,13 @@
 
 import base64
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["MISSING", "TABLE", "VIRIDIS", "colour", "data_uri"]
+__all__ = ["MISSING", "TABLE", "VIRIDIS", "colour", "data_uri", "write_page"]
 
 MISSING = (226, 114, 91)  # no colour of viridis is near it
 # Ten equidistant colours of matplotlib's viridis (CC0), dark to bright.
@@ -47,3 +49,11 @@ def data_uri(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_page(path: Path, page: str):
+    """Writes a page that exists either whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)

@@ -17,15 +17,16 @@ from PIL import Image
 from test_report import Checker
 
 from data_prep import inspect as inspect_module
+from data_prep import mvtec3d, mvtec_ad, visa
 from data_prep.check import CheckConfig, check
-from data_prep.inspect import NON_COMMERCIAL, THUMBNAIL, InspectConfig, inspect
+from data_prep.inspect import THUMBNAIL, InspectConfig, inspect
 from data_prep.manifest import count, digest_file, digest_json
 from data_prep.shrink import shrink
 from data_prep.summary import PAPER, Histogram, count_table, drop_groups, histogram, paper_table
 from dino_depth.depth import UNIT, DepthMap, decode_png, encode_png
 from dino_depth.errors import ConfigError, DataError
+from dino_depth.licences import non_commercial
 from dino_depth.picture import MISSING, VIRIDIS, colour, data_uri
-from dino_depth.pretrain import model_card
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 REAL = {"reader": "mvtec3d", "licence": "MVTec 3D-AD, CC BY-NC-SA 4.0 (non-commercial)", "synthetic": False}
@@ -352,8 +353,11 @@ def test_paper_counts_and_released_counts():
     assert paper_table({"sources": {"visa": sources["visa"]}}) == []
 
 
-def test_non_commercial_is_what_the_model_card_takes_for_it():
-    assert NON_COMMERCIAL == model_card.NON_COMMERCIAL
+def test_non_commercial_licences_are_recognised():
+    for licence in (mvtec3d.LICENCE, mvtec_ad.LICENCE, "CC-BY-NC-4.0", "Non-Commercial", "noncommercial use"):
+        assert non_commercial(licence), licence
+    for licence in (visa.LICENCE, "Apache-2.0", "unstated", "CC BY-SA 4.0", "since 2020"):
+        assert not non_commercial(licence), licence
 
 
 # Colours

@@ -301,7 +301,7 @@ def test_the_share_of_a_cell_is_exact(shape, cells):
 
 def test_trivial_statistics_are_means_over_views():
     sample, depths = scene()
-    found = statistics(sample, ForegroundConfig("valid"))
+    found = statistics(sample, [view.read_depth().valid for view in sample.views])
     assert found["fraction_missing"] == pytest.approx(np.mean([1 - depth.valid.mean() for depth in depths]))
     assert found["object_share"] == pytest.approx(1 - found["fraction_missing"])
     assert found["mean_intensity"] == pytest.approx(101 / 255)

@@ -9,7 +9,6 @@ import zlib
 import numpy as np
 
 from dino_depth.anomaly.dataset import Sample
-from dino_depth.anomaly.foreground import ForegroundConfig
 from dino_depth.anomaly.trivial import constant_map, statistics
 
 __all__ = ["LEAK", "PERFECT", "trivial_scores", "uninformed_maps"]
@@ -18,13 +17,13 @@ LEAK = "leak statistic"  # the head's own score without the neighbourhood of def
 PERFECT = "perfect scorer"  # the ground truth, where the object is seen
 
 
-def trivial_scores(sample: Sample, config: ForegroundConfig) -> dict[str, float]:
+def trivial_scores(sample: Sample, foregrounds: list[np.ndarray]) -> dict[str, float]:
     """Instance scores that one number of the input gives, by the name of the row.
 
     Raises:
         DataError: a view cannot be read, or shows no object.
     """
-    return {name.replace("_", " "): value for name, value in statistics(sample, config).items()}
+    return {name.replace("_", " "): value for name, value in statistics(sample, foregrounds).items()}
 
 
 def uninformed_maps(sample: Sample, place: np.ndarray, seed: int) -> dict[str, np.ndarray]:

@@ -168,7 +168,7 @@ def _judge(session: Session, held: Sample, maps: dict[str, torch.Tensor], seed: 
         judged = judge_view(held, maps, foregrounds[0], truth, aggregation, config.metrics, seed)
     else:
         judged = judge_volume(held, maps, depths, foregrounds, truth, config.volume, config.metrics, seed)
-    trivial = {name: Scored(value, {}) for name, value in trivial_scores(held, config.foreground).items()}
+    trivial = {name: Scored(value, {}) for name, value in trivial_scores(held, foregrounds).items()}
     return replace(judged, rows=judged.rows | trivial)
 
 

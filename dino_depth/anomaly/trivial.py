@@ -10,7 +10,6 @@ from scipy import ndimage
 from scipy.spatial import KDTree
 
 from dino_depth.anomaly.dataset import Sample, Voxels
-from dino_depth.anomaly.foreground import ForegroundConfig, foreground
 from dino_depth.anomaly.volume import ScoredVolume
 
 __all__ = ["constant_map", "leak_score", "leak_score_volume", "statistics"]
@@ -18,20 +17,22 @@ __all__ = ["constant_map", "leak_score", "leak_score_volume", "statistics"]
 NEIGHBOUR = 20  # pixels around a defect that the leak statistic leaves out
 
 
-def statistics(sample: Sample, config: ForegroundConfig) -> dict[str, float]:
+def statistics(sample: Sample, foregrounds: list[np.ndarray]) -> dict[str, float]:
     """Trivial instance scores, each a mean over the views: larger may be taken for more anomalous.
+
+    Args:
+        foregrounds: (height, width) bool of each view, the object.
 
     Returns:
         ``fraction_missing`` of the pixels; ``mean_intensity`` of the image on the object, 0 to 1; ``mean_depth`` of the
         object, metres; ``object_share`` of the pixels.
 
     Raises:
-        DataError: a view cannot be read, or shows no object.
+        DataError: a view cannot be read.
     """
     rows = []
-    for view in sample.views:
+    for view, mask in zip(sample.views, foregrounds, strict=True):
         depth_map, image = view.read_depth(), view.read_image()
-        mask = foreground(depth_map, config)
         rows.append(
             {
                 "fraction_missing": 1 - depth_map.valid.mean(),

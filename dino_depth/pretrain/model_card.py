@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from dino_depth import __version__
 from dino_depth.config import PretrainConfig
 from dino_depth.depth import Normalization
 from dino_depth.errors import ReportedError
+from dino_depth.licences import non_commercial
 from dino_depth.pretrain.parity import worst
 from dino_depth.pretrain.run_folder import git_revision, library_versions
 from dino_depth.pretrain.shards import DepthShards
 
 __all__ = ["Subject", "TrainingData", "license_text", "training_data", "write_json", "write_papers"]
 
-NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial", re.IGNORECASE)
 # Keys of env.json that say how a run was made and nothing about the people and paths of the machine.
 ENVIRONMENT = ("dino_depth", "git_revision", "python", "packages", "gpu", "world_size", "samples", "samples_sha256")
 
@@ -40,7 +39,7 @@ class TrainingData:
 
     @property
     def non_commercial(self) -> bool:
-        return any(NON_COMMERCIAL.search(row["licence"]) for row in self.rows)
+        return any(non_commercial(row["licence"]) for row in self.rows)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ there is left out. Curves are inline SVG, images are PNGs inside the page.
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from dino_depth.config import PretrainConfig, load_config
 from dino_depth.depth import normalize
 from dino_depth.errors import DataError
-from dino_depth.picture import MISSING, VIRIDIS, colour, data_uri
+from dino_depth.picture import MISSING, VIRIDIS, colour, data_uri, write_page
 from dino_depth.pretrain.crops import multi_crop
 from dino_depth.pretrain.probe import ProbeConfig, choose_maps, collect_features, load_with_twin, pca_colours
 from dino_depth.pretrain.readout import FIGURES
@@ -291,7 +290,4 @@ def write_report(run: Path, results: dict, shards: DepthShards | str | list[str]
         missing=MISSING,
         viridis=[f"rgb{tuple(row)}" for row in VIRIDIS.astype(int).tolist()],
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".tmp")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, out)
+    write_page(out, page)
