@@ -104,6 +104,7 @@ def test_a_run_holds_every_cell_with_its_costs_and_baselines(whole):
     for cell in results["cells"]:
         # Each view once per modality, of the training instance and of those tested; the second seed finds them.
         assert cell["cost"]["encodes"] == (0 if cell["seed"] else 2 * VIEWS * (1 + TESTED))
+        assert cell["cost"]["fits"] == 1
         assert {"encode", "fit", "score", "volume", "metrics"} <= set(cell["cost"]["seconds"])
         assert 0 < cell["cost"]["peak_memory_gib"] < 100
         assert list(cell["metrics"]) == names and set(cell["intervals"]) == set(names) - {"coverage"}
@@ -197,9 +198,9 @@ def test_a_killed_run_continues_to_the_same_results(whole, tree, tmp_path, monke
     assert stop.value.exit_code == 75 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     partial = json.loads((out / "results.json").read_text())
     assert not partial["complete"] and len(partial["cells"]) == 1
-    with open(out / "cells.jsonl", "ab") as file:
-        file.write(b'{"category": "an')  # as a kill in mid-write leaves it
     run(tree, out, "--seeds", "2")
+    continued = json.loads((out / "results.json").read_text())["cells"]
+    assert [cell["cost"]["fits"] for cell in continued] == [1, 0, 1, 1]  # the cell that was stopped had its head
     # Four cells less the one that was finished, and the two instances before the signal.
     assert len(written) == TESTED + 2 + 3 * TESTED
     assert without_cost(out / "results.json") == without_cost(whole / "results.json")
@@ -226,6 +227,35 @@ def test_more_seeds_are_added_to_a_run_but_other_settings_refused(tree, copied, 
         run(root, tmp_path)
 
 
+def test_settings_of_inference_share_one_fit(tree, whole, tmp_path):
+    shared = ["--head.cache", str(tmp_path / "heads"), "--encoder.cache", str(tmp_path / "features")]
+    shared += ["--categories", "[angle_bracket]"]
+    cells = {"": run(tree, tmp_path / "first", *shared)["cells"][0]}
+    variants = {
+        "sources 2": ["--head.modmap.sources", "2"],
+        "sources target": ["--head.modmap.sources", "target"],
+        "aggregate mean": ["--head.modmap.aggregate", "mean"],
+        "modality image": ["--head.modmap.modality", "image"],
+        "view_shift 1": ["--head.modmap.view_shift", "1"],
+        "aggregation prod": ["--volume.aggregation", "prod"],
+    }
+    volumes = {read(tmp_path / "first" / cells[""]["instances"][0]["file"])["score"].tobytes()}
+    for name, words in variants.items():
+        results = run(tree, tmp_path / name, *shared, *words)
+        cells[name] = results["cells"][0]
+        assert results["head"] == f"modmap, conditioning cross-view, {name}"
+        volumes.add(read(tmp_path / name / cells[name]["instances"][0]["file"])["score"].tobytes())
+    assert [cell["cost"]["fits"] for cell in cells.values()] == [1] + [0] * len(variants)
+    assert len(volumes) == len(cells)  # all score differently
+    again = run(tree, tmp_path / "again", "--categories", "[angle_bracket]", *variants["sources 2"])["cells"][0]
+    assert again["cost"]["fits"] == 1
+    for key in ("metrics", "intervals", "instances"):
+        assert cells[""][key] == json.loads((whole / "results.json").read_text())["cells"][0][key]
+        assert again[key] == cells["sources 2"][key]
+    other = run(tree, tmp_path / "other", *shared, "--head.modmap.steps", "11")["cells"][0]
+    assert other["cost"]["fits"] == 1 and len(list((tmp_path / "heads").iterdir())) == 2
+
+
 def test_one_model_serves_all_classes(tree, tmp_path, monkeypatch):
     fit, seen = cells.HEADS["modmap"].fit, []
 
@@ -237,6 +267,7 @@ def test_one_model_serves_all_classes(tree, tmp_path, monkeypatch):
     results = run(tree, tmp_path / "run", "--head.multiclass", "true")
     assert seen == [(2, [0, 1])] and len(results["cells"]) == 2 and results["complete"]
     assert results["head"].endswith("one model of all classes")
+    assert [cell["cost"]["fits"] for cell in results["cells"]] == [1, 0]
 
 
 def test_patchcore_learns_from_renderings_and_needs_one_encoder_only(tree, tmp_path):
@@ -250,11 +281,42 @@ def test_patchcore_learns_from_renderings_and_needs_one_encoder_only(tree, tmp_p
         run(tree, tmp_path / "other", "--encoder.image", "")
 
 
+@pytest.mark.parametrize("encoder", ["raw-patches", "fpfh", "random:dino-depth"])
+def test_depth_encoders_without_weights_go_through_a_run_on_renderings(tree, tmp_path, encoder):
+    if encoder == "fpfh":
+        pytest.importorskip("open3d", reason="open3d is not installed", exc_type=ImportError)
+    arguments = ["--encoder.image", "raw-patches", "--encoder.depth", encoder, "--encoder.size", "84"]
+    results = run(tree, tmp_path / "run", *arguments, "--data.sim3d.setup", "synth2real", "--categories", "[spur_gear]")
+    assert results["complete"] and results["setup"] == "synth2real" and results["head"].startswith("modmap")
+    (cell,) = results["cells"]
+    assert cell["cost"]["encodes"] == 2 * VIEWS * (1 + TESTED)
+    scores = [read(tmp_path / "run" / instance["file"])["depth_map"] for instance in cell["instances"]]
+    assert all(part.shape == (VIEWS, 6, 6) for part in scores) and np.std(np.stack(scores).astype(float)) > 1e-3
+
+
+def test_36_views_go_through_a_run(tmp_path):
+    words = ["sim3d", "--out", str(tmp_path / "tree"), "--categories", "1", "--size", "48", "--test_per_category", "2"]
+    words += ["--workers", "1", "--sim3d.views", "36", "--sim3d.voxel", "0.02"]
+    synth(parse(SynthConfig, words, "test", ("layout",)))
+    results = run(tmp_path / "tree", tmp_path / "run", "--encoder.size", "48", "--head.modmap.sources", "9")
+    (cell,) = results["cells"]
+    assert cell["cost"]["encodes"] == 2 * 36 * 3 and 0 < cell["checks"]["overlap_train"] < 0.03
+    assert read(tmp_path / "run" / cell["instances"][0]["file"])["image_map"].shape == (36, 3, 3)
+
+
 class Known:
     """A head that scores pixels by a function of the sample, in a grid as fine as its views."""
 
+    INFERENCE = frozenset()
+
     def __init__(self, of):
-        self.of, self.fit = of, lambda *arguments, **options: None
+        self.of = of
+
+    def fit(self, features, config, seed, device, *, classes=None):
+        return self
+
+    def state(self):
+        return {}
 
     def score(self, head, features, *, class_index=0):
         return {"depth": self.of(features)}

@@ -1,8 +1,10 @@
 """Heads: equations against float64 transcriptions, fast paths against slow twins, and the ladder's reductions."""
 
+import errno
 import importlib
 import io
 import math
+import os
 import pkgutil
 import weakref
 from dataclasses import replace
@@ -15,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from dino_depth.anomaly import crossmodal, heads
 from dino_depth.anomaly.features import SampleFeatures
+from dino_depth.anomaly.fitted import Training, fitted_head
 from dino_depth.anomaly.heads import modmap, patchcore
 from dino_depth.anomaly.heads.modmap import ModMapConfig
 from dino_depth.anomaly.heads.patchcore import PatchCoreConfig
@@ -232,6 +235,26 @@ def test_fewer_sources_are_the_first_of_more_and_all_of_them_are_all():
     assert len({tuple(one.tolist()) for one in drawn}) > 3
 
 
+def test_a_shift_of_views_is_what_views_in_another_order_look_like():
+    head, features = trained(views=4), draw(views=4, seed=2)
+    turned = SampleFeatures(*(part.roll(1, 0) for part in vars(features).values()))  # view 0 lies in place 1
+    expected = {key: part.roll(-1, 0) for key, part in modmap.score(head, turned).items()}
+    shifted = modmap.score(replace(head, config=replace(head.config, view_shift=1)), features)
+    for key, part in modmap.score(head, features).items():
+        torch.testing.assert_close(shifted[key], expected[key], atol=1e-6, rtol=0)
+        assert not torch.allclose(shifted[key], part, atol=1e-3)
+    whole = modmap.score(replace(head, config=replace(head.config, view_shift=-4)), features)
+    assert_same_maps(whole, modmap.score(head, features))
+
+
+def test_one_modality_is_one_of_both_maps():
+    head, features = trained(), draw(seed=2)
+    both = modmap.score(head, features)
+    for modality in ("image", "depth"):
+        maps = modmap.score(replace(head, config=replace(head.config, modality=modality)), features)
+        assert_same_maps(maps, {modality: both[modality]})
+
+
 def test_an_ensemble_is_the_minimum_over_models_trained_alone():
     view = replace(SMALL, conditioning="view")
     ensemble = modmap.fit([draw()], replace(view, ensemble=3), 5, CPU)
@@ -394,6 +417,75 @@ def test_memory_grows_with_the_number_of_views_and_not_with_its_square(monkeypat
     features, maps = 16 * 16 * 12 * 4, 16 * 16 * 2 * 4  # bytes of one view
     assert peaks[32] - peaks[16] < 16 * (features + maps) + 4000  # and the codes of one block
     assert peaks[32] < 32 * features + 32 * 32 * maps / 4  # what all pairs at once would need is far above
+
+
+# Fitted heads that are kept
+
+
+OTHER = {  # of every setting: another value, and whether fit reads it
+    "conditioning": "view", "image_to_depth": (8, 8), "depth_to_image": (8, 8), "modulator": 5, "learning_rate": 1e-3,
+    "initial_learning_rate": 2e-4, "warmup": 0.5, "epochs": 7, "steps": 3, "pairs": 4, "tokens": 2, "ensemble": 2,
+    "sources": 2, "aggregate": "mean", "modality": "image", "view_shift": 1, "share": 0.5, "limit": 7, "projection": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_only_settings_of_inference_and_nothing_else_are_served_by_the_same_fit(name, tmp_path):
+    module, config = settings(name)
+    training = Training(["part/real"], [draw()], [0])
+    head, fits = fitted_head(module, tmp_path, config, 0, CPU, training)
+    assert fits == 1 and module.INFERENCE <= vars(config).keys()
+    maps, again = module.score(head, draw(seed=3)), Training(["part/real"], [draw()], [0])
+    loaded, fits = fitted_head(module, tmp_path, config, 0, CPU, again)
+    assert fits == 0
+    assert_same_maps(module.score(loaded, draw(seed=3)), maps)
+    for key in vars(config):
+        # The modality of PatchCore decides what its bank holds.
+        changed = replace(config, **{key: OTHER[key]})
+        found, fits = fitted_head(module, tmp_path, changed, 0, CPU, training)
+        assert fits == (key not in module.INFERENCE), key
+        assert_same_maps(module.score(found, draw(seed=3)),
+                         module.score(module.fit([draw()], changed, 0, CPU), draw(seed=3)))  # fmt: skip
+    others = {
+        "seed": (1, training),
+        "features": (0, Training(["part/real"], [draw(seed=1)], [0])),
+        "share": (0, Training(["part/real"], [replace(draw(), share=draw(seed=1).share)], [0])),
+        "samples": (0, Training(["part/real", "part/more"], [draw(), draw()], [0, 0])),
+        "classes": (0, Training(["part/real", "part/more"], [draw(), draw()], [0, 1])),
+    }
+    for key, (seed, other) in others.items():
+        assert fitted_head(module, tmp_path, config, seed, CPU, other)[1] == 1, key
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_damaged_head_is_fitted_again(tmp_path, caplog):
+    training = Training(["part/real"], [draw()], [0])
+    head, _ = fitted_head(modmap, tmp_path, SMALL, 0, CPU, training)
+    (path,) = tmp_path.glob("*.pt")
+    whole = path.read_bytes()
+    other = tmp_path / "other"
+    fitted_head(modmap, other, SMALL, 1, CPU, training)
+    (foreign,) = other.glob("*.pt")
+    for content in (whole[:1000], b"", b"no head", foreign.read_bytes()):
+        path.write_bytes(content)
+        again, fits = fitted_head(modmap, tmp_path, SMALL, 0, CPU, training)
+        assert fits == 1 and f"{path} is damaged" in caplog.text
+        assert_same_maps(modmap.score(again, draw(seed=1)), modmap.score(head, draw(seed=1)))
+        assert fitted_head(modmap, tmp_path, SMALL, 0, CPU, training)[1] == 0
+        caplog.clear()
+
+
+def test_a_folder_of_heads_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("os.fsync", full)
+    for folder, reason in (("file", "File exists"), ("full", "No space left")):
+        with pytest.raises(ReportedError, match=rf"{folder}/.*{reason}.*head\.cache names another folder") as error:
+            fitted_head(modmap, tmp_path / folder, SMALL, 0, CPU, Training(["part/real"], [draw()], [0]))
+        assert error.value.exit_code == 1 and "\n" not in str(error.value)
+    assert not list((tmp_path / "full").iterdir())
 
 
 # PatchCore
@@ -575,12 +667,17 @@ def test_numbers_of_views_that_differ_are_one_line():
     [
         {"modulator": 0}, {"epochs": 0}, {"steps": 0}, {"pairs": 0}, {"tokens": 0}, {"ensemble": 0}, {"sources": 0},
         {"warmup": 1.5}, {"learning_rate": 0.0}, {"initial_learning_rate": 1.0}, {"image_to_depth": (0, 2)},
-        {"sources": 2, "conditioning": "view"},
+        {"sources": 2, "conditioning": "view"}, {"view_shift": 1, "conditioning": "none"},
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_name_their_key(change):
-    with pytest.raises(ConfigError, match=f"modmap.*{next(iter(change))}"):
-        modmap.fit([draw()], replace(SMALL, **change), 0, CPU)
+    state = modmap.fit([draw()], SMALL, 0, CPU).state()
+    for call in (
+        lambda: modmap.fit([draw()], replace(SMALL, **change), 0, CPU),
+        lambda: modmap.from_state(state | {"config": state["config"] | change}, CPU),
+    ):
+        with pytest.raises(ConfigError, match=f"modmap.*{next(iter(change))}"):
+            call()
 
 
 def test_more_sources_than_views_are_refused():

@@ -210,6 +210,22 @@ def test_components_are_those_of_the_dense_array_and_in_its_order(shape):
         np.testing.assert_array_equal(label_components(index + 1000), expected)
 
 
+@pytest.mark.parametrize("far", [1280, 1400, 2**20])
+def test_components_far_apart_are_told_apart_on_grids_of_any_size(far):
+    """Places of grids below 2^31 elements are 32 bits wide: 1288^3 are, 1408^3 would wrap round."""
+    mask = np.random.default_rng(8).random((8, 8, 8)) < 0.2
+    expected, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    near = np.argwhere(mask)
+    index = np.concatenate([near, near + far])
+    labels = label_components(index)
+    np.testing.assert_array_equal(labels, np.concatenate([expected[mask], expected[mask] + count]))
+    shape, scores = (far + 8,) * 3, np.random.default_rng(9).random(len(index))
+    sample = voxel_regions(index, scores, index[::2], shape)
+    assert sample.empty_normal == (far + 8) ** 3 - len(index)
+    np.testing.assert_array_equal(sample.normal, scores[1::2])
+    np.testing.assert_array_equal(sample.defect[: len(index[::2])], scores[::2])
+
+
 def test_auroc_is_the_rank_statistic_of_mann_and_whitney():
     random = np.random.default_rng(7)
     for levels in (2, 5, 1000):
@@ -368,6 +384,12 @@ SCORES, MASK = np.arange(12.0).reshape(3, 4), np.eye(3, 4, dtype=bool)
         (lambda: coverage([regions(SCORES, MASK & False)]), "coverage"),
         (lambda: voxel_regions(np.array([[0, 4]]), np.ones(1), np.array([[0, 1]]), (3, 4)), "leave the grid"),
         (lambda: voxel_regions(np.array([[0, 1]]), np.ones(1), np.array([[-1, 1]]), (3, 4)), "leave the grid"),
+        (lambda: voxel_regions(np.array([[0, 2**32]]), np.ones(1), np.array([[0, 1]]), (3, 4)), "leave the grid"),
+        (lambda: voxel_regions(np.array([[0, 1]]), np.ones(1), np.array([[0, 1]]), (2**40, 2**40)), "too large"),
+        (
+            lambda: voxel_regions(np.array([[0, 1]]), np.ones(1), np.array([[0, 1]]), (3, 4), empty_normal=-1),
+            "not be negative",
+        ),
         (lambda: voxel_regions(np.array([[0, 1]] * 2), np.ones(2), np.array([[0, 1]]), (3, 4)), "twice"),
         (lambda: voxel_regions(np.array([[0, 1]]), np.ones(1), np.array([[0, 1]] * 2), (3, 4)), "twice"),
         (lambda: voxel_regions(np.array([[0, 1]]), np.ones(2), np.array([[0, 1]]), (3, 4)), "1 occupied"),

@@ -17,6 +17,7 @@ from dino_depth.anomaly.config import EvaluateConfig
 from dino_depth.anomaly.dataset import Benchmark, Sample, named
 from dino_depth.anomaly.features import FeatureStore
 from dino_depth.anomaly.figures import write_figures
+from dino_depth.anomaly.fitted import Training, fitted_head
 from dino_depth.anomaly.foreground import foreground
 from dino_depth.anomaly.heads import modmap, patchcore
 from dino_depth.anomaly.results import Run, write_arrays, write_ply
@@ -32,10 +33,11 @@ Cell = tuple[dict[str, Any], dict[str, np.ndarray]]  # as in results.json, and t
 
 
 class Cost:
-    """Counts what a cell takes: views encoded by ``store``, and seconds: ``with cost.of("fit"): ...``."""
+    """Counts what a cell takes: views encoded by ``store``, heads fitted, and seconds: ``with cost.of("fit"): ...``."""
 
     def __init__(self, store: FeatureStore):
         self.store, self.before = store, sum(store.encodes.values())
+        self.fits = 0
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -45,9 +47,10 @@ class Cost:
         self.seconds[stage] = self.seconds.get(stage, 0) + time.monotonic() - start
 
     def counted(self) -> dict[str, Any]:
-        """Encodes since the start, seconds of each stage, and the peak memory of the process so far."""
+        """Encodes and fits since the start, seconds of each stage, and the peak memory of the process so far."""
         counted = {
             "encodes": sum(self.store.encodes.values()) - self.before,
+            "fits": self.fits,
             "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
             "peak_memory_gib": round(peak_memory() / 2**30, 3),
         }
@@ -69,15 +72,18 @@ class Session:
 
 def fit_head(session: Session, categories: list[str], seed: int, cost: Cost) -> Any:
     """A head fitted on the training samples of some classes, whose places in the list are their class indices."""
-    config, features, classes = session.config.head, [], []
+    config, features, classes, names = session.config.head, [], [], []
     for index, category in enumerate(categories):
         for sample in session.benchmark.samples(category, "train"):
             with cost.of("encode"):
                 features.append(session.store.get(sample))
             classes.append(index)
-    settings = getattr(config, config.name)
+            names.append(f"{category}/{sample.name}")
+    folder, settings = config.cache or session.run.path / "heads", getattr(config, config.name)
+    training = Training(names, features, classes)
     with cost.of("fit"):
-        return HEADS[config.name].fit(features, settings, seed, session.device, classes=classes)
+        head, cost.fits = fitted_head(HEADS[config.name], folder, settings, seed, session.device, training)
+    return head
 
 
 def make_cell(session: Session, head: Any, category: str, class_index: int, seed: int, cost: Cost) -> Cell:
@@ -87,9 +93,11 @@ def make_cell(session: Session, head: Any, category: str, class_index: int, seed
         DataError: an instance cannot be read or scored; the message names it.
     """
     samples = session.benchmark.samples(category, "test")
+    checks = next((cell["checks"] for (name, _), cell in session.run.cells.items() if name == category), None)
     with cost.of("check"):
         check = session.benchmark.check_category
-        checks = {} if check is None else check(category)
+        if checks is None:  # whatever the seed
+            checks = {} if check is None else check(category)
     detailed = next(sample.name for sample in samples if sample.label == "anomalous")
     rows, instances, located = [], [], None
     with Progress(f"{category}, seed {seed}", len(samples), "instances") as progress:

@@ -1,6 +1,7 @@
 """The settings of ``dino-depth evaluate``."""
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dino_depth.anomaly.benchmarks import BenchmarkConfig
@@ -9,8 +10,13 @@ from dino_depth.anomaly.heads.modmap import ModMapConfig
 from dino_depth.anomaly.heads.patchcore import PatchCoreConfig
 from dino_depth.anomaly.scoring import MetricsConfig
 from dino_depth.anomaly.volume import VoxelConfig
+from dino_depth.frozen import FAMILIES
+from dino_depth.frozen.exported import DEFAULT
+from dino_depth.frozen.specs import parse_spec
 
-__all__ = ["EncoderConfig", "EvaluateConfig", "HeadConfig"]
+__all__ = ["EncoderConfig", "EvaluateConfig", "HeadConfig", "everywhere"]
+
+FROM_FILES = ("", "transformers", "defm")  # families whose names may be paths
 
 
 @dataclass
@@ -43,12 +49,15 @@ class HeadConfig:
     Attributes:
         name: of the head whose settings below count.
         multiclass: one model for all classes instead of one for each.
+        cache: folder of fitted heads, which runs may share: settings that only act when a head scores then cost no
+            fit; empty: ``heads`` in the run's folder.
         modmap: ModMap, and CFM as its first two steps.
         patchcore: PatchCore.
     """
 
     name: Literal["modmap", "patchcore"] = "modmap"
     multiclass: bool = False
+    cache: str = ""
     modmap: ModMapConfig = field(default_factory=ModMapConfig)
     patchcore: PatchCoreConfig = field(default_factory=PatchCoreConfig)
 
@@ -80,3 +89,31 @@ class EvaluateConfig:
     foreground: ForegroundConfig = field(default_factory=ForegroundConfig)
     volume: VoxelConfig = field(default_factory=VoxelConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+
+def everywhere(config: EvaluateConfig) -> EvaluateConfig:
+    """The configuration with every path absolute, so that it holds in any working directory."""
+    encoder, data = config.encoder, config.data
+    places = {name: _absolute_name(getattr(encoder, name)) for name in ("image", "depth")}
+    return replace(
+        config,
+        out=_absolute(config.out),
+        data=replace(data, root=_absolute(data.root)),
+        encoder=replace(encoder, **places, cache=_absolute(encoder.cache)),
+        head=replace(config.head, cache=_absolute(config.head.cache)),
+    )
+
+
+def _absolute(path: str) -> str:
+    return path and os.path.abspath(path)
+
+
+def _absolute_name(text: str) -> str:
+    """The name of an encoder, absolute where a file or folder of its name is here."""
+    if not text:
+        return text
+    spec = parse_spec(text, tuple(FAMILIES))
+    if spec.family not in FROM_FILES or spec.name == DEFAULT or not os.path.exists(spec.name):
+        return text
+    name, mark, options = text.partition("?")
+    return name.removesuffix(spec.name) + os.path.abspath(spec.name) + mark + options

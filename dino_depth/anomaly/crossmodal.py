@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
-    "Mapper", "cosine_distance", "crossmodal_distances", "draw_cells", "modulate", "one_cycle", "view_codes",
+    "Mapper", "cosine_distance", "crossmodal_distances", "draw_cells", "modulate", "one_cycle", "training_pairs",
+    "view_codes",
 ]  # fmt: skip
 
 
@@ -104,6 +105,21 @@ def crossmodal_distances(
     depth = mapper.image_to_depth(modulate(source[0], mapper.image_modulator, codes))
     image = mapper.depth_to_image(modulate(source[1], mapper.depth_modulator, codes))
     return cosine_distance(image, target[0]), cosine_distance(depth, target[1])
+
+
+def training_pairs(views: list[int], classes: list[int], conditioning: str) -> Tensor:
+    """The pairs of views to train on, as samples of so many views lie row after row: each its own source, or all.
+
+    Returns:
+        (pairs, 5) integers: source row, target row, source view, target view, class.
+    """
+    found, start = [], 0
+    for count, index in zip(views, classes, strict=True):
+        for target in range(count):
+            sources = range(count) if conditioning == "cross-view" else [target]
+            found += [(start + source, start + target, source, target, index) for source in sources]
+        start += count
+    return torch.tensor(found)
 
 
 def draw_cells(shown: Tensor, tokens: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dino_depth.anomaly.regions import Regions, coverage, label_components, regions, voxel_regions
+from dino_depth.anomaly.regions import Regions, coverage, label_components, matches, regions, voxel_regions
 from dino_depth.errors import ConfigError, DataError
 
 __all__ = [
@@ -69,9 +69,11 @@ class _Normals:
 
     def above(self, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weight of the normals greater than each score, and of those not less than it."""
+        first = np.searchsorted(self.score, score)
+        last, tied = first.copy(), matches(self.score, first, score)
+        last[tied] = np.searchsorted(self.score, score[tied], "right")
         found = []
-        for side, has_empty in (("right", score >= 0), ("left", score > 0)):
-            place = np.searchsorted(self.score, score, side)
+        for place, has_empty in ((last, score >= 0), (first, score > 0)):
             lower = place if self.below is None else self.below[place]
             found.append(self.total - (lower + self.empty * has_empty))
         return found[0], found[1]
@@ -233,19 +235,26 @@ def _per_element(sample: Regions) -> tuple[np.ndarray, float]:
 
 
 def _pooled(samples: Sequence[Regions], limit: float, shares: Callable) -> float:
-    normals, score, share, total = _ascending(samples, shares)
-    gain = _gain(*normals.above(score), limit * normals.total)
+    normals, score, share, total = _together(samples, shares)
+    cut = limit * normals.total
+    # More listed normals than the limit allows lie above whatever is below the first of these.
+    first = len(normals.score) - int(cut) - 1 if normals.below is None else 0
+    kept = np.flatnonzero(score >= normals.score[first]) if first > 0 else np.arange(len(score))
+    kept = kept[np.argsort(score[kept])]  # in ascending order they are found fastest
+    gain = np.zeros(len(score))
+    gain[kept] = _gain(*normals.above(score[kept]), cut)
     return float((gain * share).sum() / total)
 
 
 def _sampled(samples: Sequence[Regions], limit: float, thresholds: int) -> float:
-    normals, score, share, total = _ascending(samples, _per_component)
+    normals, score, share, total = _together(samples, _per_component)
     if thresholds < 2:
         raise ConfigError(f"thresholds must be at least 2, got {thresholds}")
     if normals.below is not None or normals.empty:
         raise ConfigError("thresholds are ranks: they need every normal listed, and no weights")
-    rank = np.linspace(0, len(normals.score) - 1, thresholds, dtype=int)
-    below = np.concatenate(([0.0], np.cumsum(share)))[np.searchsorted(score, normals.score[rank], "right")]
+    rank, order = np.linspace(0, len(normals.score) - 1, thresholds, dtype=int), np.argsort(score, kind="stable")
+    place = np.searchsorted(score[order], normals.score[rank], "right")
+    below = np.concatenate(([0.0], np.cumsum(share[order])))[place]
     rate = np.concatenate((1 - (rank[::-1] + 1) / len(normals.score), [1.0]))
     overlap = np.concatenate((1 - below[::-1] / total, [1.0]))
     kept = rate < limit
@@ -279,8 +288,8 @@ def _resampled(samples: Sequence[Regions], counts: np.ndarray, limit: float, sha
     return area / total_share
 
 
-def _ascending(samples: Sequence[Regions], shares: Callable) -> tuple[_Normals, np.ndarray, np.ndarray, float]:
-    """Normals, and the scores of defect elements in ascending order with the share of each and the shares' sum."""
+def _together(samples: Sequence[Regions], shares: Callable) -> tuple[_Normals, np.ndarray, np.ndarray, float]:
+    """Normals, and the scores of defect elements with the share of each and the shares' sum."""
     pairs = [shares(sample) for sample in samples]
     total = sum(total for _, total in pairs)
     if not total:
@@ -289,8 +298,7 @@ def _ascending(samples: Sequence[Regions], shares: Callable) -> tuple[_Normals, 
     normals = _Normals.of(samples, score.dtype)
     if not normals.total:
         raise DataError(f"no element of {len(samples)} samples counts as normal")
-    order = np.argsort(score, kind="stable")
-    return normals, score[order], _joined([share for share, _ in pairs])[order], total
+    return normals, score, _joined([share for share, _ in pairs]), total
 
 
 def _gain(above: np.ndarray, not_below: np.ndarray, cut: np.ndarray | float) -> np.ndarray:

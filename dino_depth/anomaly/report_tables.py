@@ -4,6 +4,11 @@ from collections.abc import Iterable, Sequence
 
 __all__ = ["tables"]
 
+CHECKS = {  # what benchmarks measure of their own settings, in words
+    "overlap_train": "training views apart",
+    "overlap_test": "test views apart",
+    "truth_off_surface": "ground truth off the surface",
+}
 CONTROLS = {"perfect scorer": "ceiling", "leak statistic": "this run, away from defects"}  # the others are trivial
 
 
@@ -16,8 +21,8 @@ def tables(results: dict, others: dict[str, dict]) -> dict:
 
     Returns:
         ``metrics``, of each its rows and published rows: a title, where it is from, and for the classes and the mean
-        (value, interval) as text, either may be empty; ``seeds``, every cell; ``cost``; ``unplaced``, the number of
-        published figures that have no place here.
+        (value, interval) as text, either may be empty; ``seeds``, every cell; ``checks`` of each class; ``cost``;
+        ``unplaced``, the number of published figures that have no place here.
     """
     categories, metrics = results["categories"], results["metrics"]
     placed = 0
@@ -41,6 +46,7 @@ def tables(results: dict, others: dict[str, dict]) -> dict:
     return {
         "metrics": found,
         "seeds": seeds,
+        "checks": _checks(cells),
         "cost": _cost(cells),
         "unplaced": len(results["published"]) - placed,
     }
@@ -103,6 +109,14 @@ def _published(results: dict, metric: str) -> list[dict]:
     return list(groups.values())
 
 
+def _checks(cells: list[dict]) -> dict:
+    """Of each class, whatever the seed; no row where a benchmark checks nothing."""
+    found = {cell["category"]: cell["checks"] for cell in cells}
+    names = list(dict.fromkeys(name for checks in found.values() for name in checks))
+    rows = [(category, [_text(checks.get(name)) for name in names]) for category, checks in found.items() if checks]
+    return {"titles": [CHECKS.get(name, name) for name in names], "rows": rows}
+
+
 def _cost(cells: list[dict]) -> dict:
     stages = list(dict.fromkeys(stage for cell in cells for stage in cell["cost"]["seconds"]))
     rows = []
@@ -112,5 +126,5 @@ def _cost(cells: list[dict]) -> dict:
         if "peak_gpu_memory_gib" in cost:
             memory += f", GPU {cost['peak_gpu_memory_gib']:.2f} GiB"
         seconds = [cost["seconds"].get(stage) for stage in stages]
-        rows.append((cell["category"], cell["seed"], cost["encodes"], seconds, memory))
+        rows.append((cell["category"], cell["seed"], cost["encodes"], cost["fits"], seconds, memory))
     return {"stages": stages, "rows": rows}

@@ -2,19 +2,24 @@
 
     config.yaml     the settings; a run is continued with the same ones only
     run.json        what the encoders and the benchmark were
-    cells.jsonl     one line for each finished cell, a class with a seed; what is in it is not computed again
     results.json    all cells, means and published rows; like results.csv and .md, written anew after every cell
+    cells/<category>/seed<k>.json       a finished cell, a class with a seed: it is not computed again
     predictions/<category>/seed<k>/<instance>.npz and .ply, and resamples.npz with the bootstrap's values
     figures/<category>/<instance>.npz   pictures for the report
+    heads/                              fitted heads, unless they are elsewhere; see fitted.py
 
-Every file is whole or absent. Apart from ``cost``, results depend on settings, weights and data only.
+Every file is whole or absent. Apart from ``cost``, results depend on settings, weights and data only. Processes that
+compute different cells may share a folder; the tables are written by one that has it for itself.
 """
 
 import csv
+import fcntl
 import io
 import json
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from functools import reduce
 from pathlib import Path
@@ -23,13 +28,17 @@ from typing import Any
 import numpy as np
 import yaml
 
+from dino_depth.anomaly.config import everywhere
+from dino_depth.anomaly.feature_cache import NO_LOCKS
 from dino_depth.config import config_keys, find_config, load_config, save_config
 from dino_depth.errors import ConfigError, DataError
 
 __all__ = ["Run", "published_rows", "write_arrays", "write_ply", "write_whole"]
 
 # Settings that do not change what a cell holds, so they may differ when a run is continued.
-FREE = {"out", "seeds", "categories", "encoder.cache", "encoder.cache_gib", "encoder.batch"}
+FREE = {"out", "seeds", "categories", "encoder.cache", "encoder.cache_gib", "encoder.batch", "head.cache"}
+# Settings of ModMap that the name of its results tells where they are not the default.
+TOLD = ("sources", "aggregate", "modality", "view_shift", "ensemble")
 PLY = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("scalar_score", "<f4")])
 
 
@@ -91,7 +100,7 @@ class Run:
 
     Args:
         config: an EvaluateConfig.
-        facts: what must not change either, such as the fingerprints of encoders.
+        facts: what must not change either, such as the fingerprints of encoders; None: as they were when it began.
 
     Attributes:
         cells: finished ones by (category, seed).
@@ -101,12 +110,14 @@ class Run:
         DataError: a fact changed, or a file is damaged.
     """
 
-    def __init__(self, config: Any, facts: dict[str, Any]):
+    def __init__(self, config: Any, facts: dict[str, Any] | None = None):
         if not config.out:
             raise ConfigError("--out is missing: name the folder of the results")
         self.path, self.config = Path(config.out), config
         if (self.path / "config.yaml").is_file():
-            self._check_unchanged(facts)
+            facts = self._check_unchanged(facts)
+        elif facts is None:
+            raise ConfigError(f"--out {self.path}: no evaluation was begun there")
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ConfigError(f"--out {self.path}: is no evaluation and not empty; name a new folder")
         else:
@@ -117,10 +128,11 @@ class Run:
         self.facts = facts
         self.cells = self._read_cells()
 
-    def _check_unchanged(self, facts: dict[str, Any]):
+    def _check_unchanged(self, facts: dict[str, Any] | None) -> dict[str, Any]:
+        """The facts, which nothing contradicts; of paths it counts where they lead from here."""
         before = load_config(type(self.config), self.path / "config.yaml")
         for key in config_keys(type(self.config)):
-            old, new = (reduce(getattr, key.split("."), config) for config in (before, self.config))
+            old, new = (reduce(getattr, key.split("."), everywhere(config)) for config in (before, self.config))
             if key not in FREE and not is_dataclass(new) and json.dumps(old) != json.dumps(new):
                 raise ConfigError(f"--out {self.path}: {key} was {old!r} when it began and is {new!r} now")
         path = self.path / "run.json"
@@ -128,27 +140,38 @@ class Run:
             known = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: unreadable: {error}") from error
+        facts = known if facts is None else facts
         for key in sorted(known.keys() | facts.keys()):
             if known.get(key) != facts.get(key):
                 raise DataError(f"{path}: {key} was {known.get(key)!r} when it began and is {facts.get(key)!r} now")
+        return facts
 
     def _read_cells(self) -> dict[tuple[str, int], dict]:
-        path = self.path / "cells.jsonl"
         cells = {}
-        if not path.is_file():
-            return cells
-        content = path.read_bytes()
-        # What follows the last line break was being written when the run was killed.
-        whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
+        for path in (self.path / "cells").glob("*/seed*.json"):
             try:
-                cell = json.loads(line)
+                cell = json.loads(path.read_bytes())
                 cells[cell["category"], cell["seed"]] = cell
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}: line {number} is no cell: {error}") from error
-        if len(whole) < len(content):
-            write_whole(path, whole)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}: no cell: {error}") from error
         return cells
+
+    @contextmanager
+    def held(self, shared: bool = False) -> Iterator[None]:
+        """Keeps other processes from writing here; ``shared`` with those that compute other cells.
+
+        Raises:
+            ConfigError: another process writes here.
+        """
+        with open(self.path / "config.yaml", "rb+") as file:
+            try:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"--out {self.path} is being written by another process") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            yield
 
     def place(self, category: str, seed: int) -> Path:
         """Where the predictions of a cell go."""
@@ -156,13 +179,10 @@ class Run:
 
     def add(self, cell: dict[str, Any], draws: dict[str, np.ndarray]):
         """Keeps a finished cell, whose predictions are written, and the bootstrap's values of its metrics."""
-        write_arrays(self.place(cell["category"], cell["seed"]) / "resamples.npz", draws)
-        line = json.dumps(cell, allow_nan=False).encode() + b"\n"
-        with open(self.path / "cells.jsonl", "ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        self.cells[cell["category"], cell["seed"]] = json.loads(line)
+        category, seed, content = cell["category"], cell["seed"], _json(cell)
+        write_arrays(self.place(category, seed) / "resamples.npz", draws)
+        write_whole(self.path / "cells" / category / f"seed{seed}.json", content)
+        self.cells[category, seed] = json.loads(content)
 
     def write_results(self, categories: list[str]):
         """Writes the result files of what is there for these classes and the seeds asked for."""
@@ -177,7 +197,7 @@ class Run:
             "benchmark": self.config.data.name,
             "setup": setup,
             "synthetic": self.facts["synthetic"],
-            "head": _method(self.config.head),
+            "head": _method(self.config),
             "config": config,
             "seeds": list(range(self.config.seeds)),
             "categories": categories,
@@ -225,10 +245,18 @@ class Run:
         return np.take_along_axis(values, chosen, 0).mean(0)
 
 
-def _method(head: Any) -> str:
-    """The name of the head with what tells apart its published variants."""
-    variant = f"conditioning {head.modmap.conditioning}" if head.name == "modmap" else head.patchcore.modality
-    return f"{head.name}, {variant}" + (", one model of all classes" if head.multiclass else "")
+def _method(config: Any) -> str:
+    """The name of the head with what tells apart its variants in the tables of the papers and their controls."""
+    head, volume = config.head, config.volume
+    variant = [head.patchcore.modality]
+    if head.name == "modmap":
+        variant = [f"conditioning {head.modmap.conditioning}"]
+        plain = type(head.modmap)()
+        variant += [
+            f"{key} {getattr(head.modmap, key)}" for key in TOLD if getattr(head.modmap, key) != getattr(plain, key)
+        ]
+        variant += [f"aggregation {volume.aggregation}"] if volume.aggregation != type(volume)().aggregation else []
+    return ", ".join([head.name, *variant, *(["one model of all classes"] if head.multiclass else [])])
 
 
 def _json(value: Any) -> bytes:

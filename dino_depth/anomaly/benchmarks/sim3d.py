@@ -277,7 +277,8 @@ def _check_class(root: Path, options: Sim3dOptions, category: str) -> dict[str, 
         thinned = [_thin_view(sample, view) for view in sample.views]
         cameras = [view.camera for view in sample.views]
         place = str(root / category / sample.name)
-        found[f"overlap_{sample.split}"] = named(place, check_overlap, thinned, cameras, rivals)
+        if len(sample.views) > 1:
+            found[f"overlap_{sample.split}"] = named(place, check_overlap, thinned, cameras, rivals)
     anomalous = next(sample for sample in tested if sample.label == "anomalous")
     truth = anomalous.read_truth()
     if truth is not None and truth.kind != "masks":

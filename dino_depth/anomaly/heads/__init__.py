@@ -3,6 +3,7 @@
 A head module offers
 
     <Name>Config                                                    a dataclass
+    INFERENCE                                                       the names of its fields that only ``score`` reads
     fit(features, config, seed, device, *, classes=None) -> head    from the features of the training samples
     score(head, features, *, class_index=0) -> maps                 {modality: (views, rows, columns)}, float32, CPU
     from_state(state, device) -> head                               from what head.state() gave: values and tensors

@@ -24,13 +24,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino_depth.anomaly.crossmodal import Mapper, crossmodal_distances, draw_cells, one_cycle, view_codes
+from dino_depth.anomaly.crossmodal import (
+    Mapper,
+    crossmodal_distances,
+    draw_cells,
+    one_cycle,
+    training_pairs,
+    view_codes,
+)
 from dino_depth.anomaly.features import SampleFeatures
 from dino_depth.anomaly.heads import check_features
 from dino_depth.errors import ConfigError, DataError, ReportedError
 
-__all__ = ["ModMap", "ModMapConfig", "fit", "from_state", "pair_maps", "score"]
+__all__ = ["INFERENCE", "ModMap", "ModMapConfig", "fit", "from_state", "pair_maps", "score"]
 
+INFERENCE = frozenset({"sources", "aggregate", "modality", "view_shift"})
 # Rows of features mapped at once: enough to fill the device, and a bound on memory whatever the number of views.
 ROWS = {"cpu": 4096, "cuda": 65536}
 # Within a block of sources, and of one block with the next.
@@ -56,6 +64,8 @@ class ModMapConfig:
         sources: source views at inference: ``all`` that the conditioning knows, ``target`` alone, or how many of them
             are drawn by the seed (table 8).
         aggregate: how the distances from the sources become one (equation 12: the minimum).
+        modality: whose maps are given; ``volume.aggregation`` joins both (table 10).
+        view_shift: negative control: at inference each view is taken for the one that so many places later, cyclically.
         ensemble: independently trained models, aggregated like sources. Not in the paper: with ``view`` it is the
             control that tells apart what other views add from what any other predictor adds.
     """
@@ -73,6 +83,8 @@ class ModMapConfig:
     tokens: int | None = None
     sources: Literal["all", "target"] | int = "all"
     aggregate: Literal["min", "mean", "max"] = "min"
+    modality: Literal["image", "depth", "both"] = "both"
+    view_shift: int = 0
     ensemble: int = 1
 
 
@@ -109,10 +121,12 @@ def from_state(state: dict[str, Any], device: torch.device) -> ModMap:
     """The head that gave ``state``.
 
     Raises:
+        ConfigError: a setting that cannot work.
         DataError: a key is missing or weights do not fit the configuration.
     """
     try:
         config, dims = ModMapConfig(**state["config"]), tuple(state["dims"])
+        _check_config(config)
         members = []
         for weights in state["members"]:
             mapper = _mapper(config, dims, state["views"])
@@ -155,7 +169,7 @@ def fit(
         torch.cat([getattr(sample, name).flatten(1, 2) for sample in features]).to(device)
         for name in ("image", "depth", "share")
     )  # (rows, cells, image dim), (rows, cells, depth dim), (rows, cells); a row is a view of a sample
-    pairs = _training_pairs([len(sample.share) for sample in features], classes, config.conditioning)
+    pairs = training_pairs([len(sample.share) for sample in features], classes, config.conditioning)
 
     members, losses = [], []
     for member in range(config.ensemble):
@@ -184,6 +198,8 @@ def _check_config(config: ModMapConfig):
             raise ConfigError(f"modmap.sources must be at least 1, got {config.sources}")
         if config.conditioning != "cross-view":
             raise ConfigError(f"modmap.sources {config.sources}: conditioning {config.conditioning} has one source")
+    if config.view_shift and config.conditioning == "none":
+        raise ConfigError(f"modmap.view_shift {config.view_shift}: conditioning none does not know views")
 
 
 def _check_samples(features: list[SampleFeatures], classes: list[int]) -> tuple[tuple[int, ...], tuple[int, int]]:
@@ -209,17 +225,6 @@ def _check_samples(features: list[SampleFeatures], classes: list[int]) -> tuple[
             view = int(shown.int().argmin())
             raise DataError(f"modmap: training sample {place}: no cell of view {view} shows the object")
     return tuple(views[index] for index in range(len(views))), dims
-
-
-def _training_pairs(views: list[int], classes: list[int], conditioning: str) -> Tensor:
-    """(pairs, 5): source row, target row, source view, target view, class."""
-    found, start = [], 0
-    for count, index in zip(views, classes, strict=True):
-        for target in range(count):
-            sources = range(count) if conditioning == "cross-view" else [target]
-            found += [(start + source, start + target, source, target, index) for source in sources]
-        start += count
-    return torch.tensor(found)
 
 
 def _train(
@@ -293,7 +298,7 @@ def score(head: ModMap, features: SampleFeatures, *, class_index: int = 0) -> di
         class_index: the class of the sample, for a head of several.
 
     Returns:
-        {"image": (views, rows, columns), "depth": the same}, float32 on the CPU.
+        {"image": (views, rows, columns), "depth": the same}, or one of them, float32 on the CPU.
 
     Raises:
         ConfigError: more sources asked for than there are views.
@@ -313,7 +318,8 @@ def score(head: ModMap, features: SampleFeatures, *, class_index: int = 0) -> di
                 part = within(torch.stack(_distances(head, member, parts, target, block, class_index)), 1)
                 total = part if total is None else across(total, part)  # (2, cells)
         maps[:, target] = total / (len(sources) * len(head.members)) if head.config.aggregate == "mean" else total
-    return dict(zip(("image", "depth"), maps.unflatten(2, grid), strict=True))
+    named = zip(("image", "depth"), maps.unflatten(2, grid), strict=True)
+    return {name: part for name, part in named if head.config.modality in (name, "both")}
 
 
 def _prepare(head: ModMap, features: SampleFeatures, class_index: int) -> tuple[Tensor, Tensor]:
@@ -346,9 +352,10 @@ def _distances(
     head: ModMap, mapper: Mapper, parts: tuple[Tensor, Tensor], target: int, sources: Tensor, class_index: int
 ) -> tuple[Tensor, Tensor]:
     """Image and depth distances (sources, cells)."""
-    identity = torch.full_like(sources, target), torch.full_like(sources, class_index)
-    codes = view_codes(sources, *identity, max(head.views), len(head.views)).to(parts[0].device)
-    sources = sources.to(parts[0].device)
+    pairs = torch.stack([sources, torch.full_like(sources, target)])
+    views = (pairs + head.config.view_shift) % head.views[class_index]
+    codes = view_codes(*views, torch.full_like(sources, class_index), max(head.views), len(head.views))
+    codes, sources = codes.to(parts[0].device), sources.to(parts[0].device)
     return crossmodal_distances(
         mapper, (parts[0][sources], parts[1][sources]), (parts[0][target], parts[1][target]), codes
     )

@@ -17,8 +17,11 @@ from dino_depth.anomaly.features import SampleFeatures
 from dino_depth.anomaly.heads import check_features
 from dino_depth.errors import ConfigError, DataError
 
-__all__ = ["PatchCore", "PatchCoreConfig", "fit", "from_state", "greedy_coreset", "nearest_distance", "score"]
+__all__ = [
+    "INFERENCE", "PatchCore", "PatchCoreConfig", "fit", "from_state", "greedy_coreset", "nearest_distance", "score",
+]  # fmt: skip
 
+INFERENCE = frozenset()
 # Entries of one block of distances: 64 MiB.
 BLOCK = 2**24
 
