@@ -58,7 +58,7 @@ def measure(batch: int, dtype: str, steps: int, threads: int, drop_path: float, 
             stages.clear()
         masks = [draw_masks(side // 14, config.loss, 0, step * batch + place) for place in range(batch)]
         begin = since = time.perf_counter()
-        data = Batch.make(*inputs, torch.stack([torch.from_numpy(mask) for mask in masks]), device)
+        data = Batch.make(*inputs, torch.stack([torch.from_numpy(mask) for mask in masks]), device, config, step)
         now = schedule(config, 2000 + step)
         set_rates(optimizer, now)
         with precision():

@@ -86,23 +86,30 @@ class ModelConfig:
 
     Attributes:
         patch_size: side of a patch, pixels.
-        dim: token dimension.
+        dim: token dimension; with ``depth`` and ``heads`` 384, 12, 6 for ViT-S; 768, 12, 12 for B; 1024, 24, 16 for L.
         depth: transformer blocks.
         heads: attention heads.
+        registers: tokens beside the class token that belong to no patch (Darcet et al. 2024).
+        positions: ``learned``, a vector a patch as in DINO-v2, or ``rotary`` as in DINO-v3 and the ModMap release.
         drop_path: share of samples that skip a residual branch in training (uniform over depth).
         layer_scale: initial value of the residual branches' scale.
         initialization: of the linear layers: ``dinov2`` (truncated normal, 0.02) or ``xavier`` (short trainings).
         attention: backend of packed attention: ``grouped`` (exact everywhere), ``varlen`` or ``xformers`` (CUDA).
+        checkpoint_activations: compute the inside of residual branches a second time in the backward pass instead of
+            keeping it: a quarter more work for a seventh of the memory.
     """
 
     patch_size: int = 14
     dim: int = 384
     depth: int = 12
     heads: int = 6
+    registers: int = 0
+    positions: Literal["learned", "rotary"] = "learned"
     drop_path: float = 0.3
     layer_scale: float = 1e-5
     initialization: Literal["dinov2", "xavier"] = "dinov2"
     attention: Literal["grouped", "varlen", "xformers"] = "grouped"
+    checkpoint_activations: bool = False
 
 
 @dataclass
@@ -207,7 +214,12 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints.
         keep: checkpoints kept.
         log_every: steps between lines of ``metrics.jsonl``.
+        evaluate_every: steps between probes of held-out maps, beside the training and on the CPU; 0 leaves them out.
+        evaluate_shards: shards of these maps, where training sees every split of its own.
+        evaluate_splits: splits that are scored; empty means every one that is not trained on.
+        best_by: figure of the probe that names the best step.
         threads: torch threads in this process; 0 keeps torch's choice.
+        timeout: seconds that a rank waits for another before the run ends and names it.
         device: ``auto`` (cuda where there is one), ``cuda`` or ``cpu``.
     """
 
@@ -219,7 +231,12 @@ class TrainConfig:
     checkpoint_every: int = 1250
     keep: int = 3
     log_every: int = 10
+    evaluate_every: int = 0
+    evaluate_shards: str | list[str] = ""
+    evaluate_splits: list[str] = field(default_factory=list)
+    best_by: Literal["normal", "normal_z", "curvature", "knn_class", "knn_patch"] = "normal"
     threads: int = 0
+    timeout: float = 600.0
     device: Literal["auto", "cuda", "cpu"] = "auto"
 
 
@@ -230,7 +247,8 @@ class PretrainConfig:
     Attributes:
         out: run folder; must be empty or new unless ``resume``.
         resume: continue the run in ``out`` from its last checkpoint.
-        init_from: checkpoint, run or export whose backbone starts a *new* run.
+        init_from: checkpoint, run, export or ``.pth`` of DINO-v3's training code whose weights start a *new* run;
+            the heads of a run come along where they fit.
         data: where the depth maps come from.
         crops: spatial-only multi-crop.
         model: the Vision Transformer.

@@ -1,4 +1,4 @@
-"""Frozen depth encoders: depth maps in, class and patch features out; exported folders are read here."""
+"""Frozen depth encoders: depth maps in, class and patch features out; their folders and files are read here."""
 
 import json
 from dataclasses import fields
@@ -15,14 +15,19 @@ from dino_depth.depth import DepthMap, Normalization, normalize
 from dino_depth.errors import ConfigError, DataError, ReportedError
 from dino_depth.resample import fit_square
 from dino_depth.vit import DepthTransformer
+from dino_depth.weight_names import from_dinov3, from_transformers
 
-__all__ = ["Encoder", "from_transformers", "load_encoder", "random_encoder", "to_transformers"]
+__all__ = ["Encoder", "load_encoder", "random_encoder", "read_backbone"]
 
-# What DepthTransformer computes, in the words of transformers' Dinov2Config.
-ARCHITECTURE = {
-    "model_type": "dinov2", "num_channels": 1, "mlp_ratio": 4, "hidden_act": "gelu", "qkv_bias": True,
-    "layer_norm_eps": 1e-6, "use_swiglu_ffn": False, "use_mask_token": True,
-}  # fmt: skip
+# What DepthTransformer computes, in the words of transformers' configurations.
+EVERYWHERE = {"num_channels": 1, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+LEARNED = {"mlp_ratio": 4, "qkv_bias": True, "use_swiglu_ffn": False}
+BIASES = ("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias")
+ARCHITECTURES = {
+    "dinov2": EVERYWHERE | LEARNED | {"use_mask_token": True},
+    "dinov2_with_registers": EVERYWHERE | LEARNED,
+    "dinov3_vit": EVERYWHERE | dict.fromkeys(BIASES, True) | {"use_gated_mlp": False, "rope_theta": 100},
+}
 
 
 class Encoder(nn.Module):
@@ -66,42 +71,95 @@ class Encoder(nn.Module):
         """
         tokens = self.backbone.forward_features(images).float()
         rows, columns = (side // self.patch_size for side in images.shape[-2:])
-        return tokens[:, 0], tokens[:, 1:].unflatten(1, (rows, columns))
+        return tokens[:, 0], tokens[:, self.backbone.num_prefix_tokens :].unflatten(1, (rows, columns))
 
 
-def load_encoder(path: str | Path, device: str = "cpu", revision: str | None = None) -> Encoder:
+def load_encoder(
+    path: str | Path,
+    device: str = "cpu",
+    revision: str | None = None,
+    normalization: Normalization | None = None,
+) -> Encoder:
     """The frozen encoder of an exported folder; its default input size is the one it was exported for.
 
     Away from that size the exported position embedding is resized (bicubic, antialiased), which is close to, but not
-    the same as, resizing the one of the training model: export at the size you use.
+    the same as, resizing the one of the training model: export at the size you use. Rotary positions fit every size.
 
     Args:
-        path: folder written by ``dino-depth export``, its ``transformers`` subfolder, or a Hub repository (owner/name).
+        path: folder written by ``dino-depth export``, its ``transformers`` subfolder, or a Hub repository (owner/name);
+            or another source of :func:`read_backbone`.
         device: where the weights go; inputs must be moved there too.
         revision: branch, tag or commit of a Hub repository.
+        normalization: how depth becomes the input, for sources that do not say it; an export does.
 
     Raises:
-        ConfigError: there is no such folder, or it holds no DINO-Depth export.
+        ConfigError: there is no such folder, it holds another architecture, or nothing or two things say the input.
         DataError: the weights are unreadable or do not fit the configuration.
         ReportedError: the Hub repository cannot be read.
     """
-    folder = _export_folder(path, revision)
-    config = _read_config(folder / "config.json")
-    model = _model_config(config)
-    weights = folder / "model.safetensors"
-    try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{weights}: unreadable weights: {error}") from None
+    backbone, own = read_backbone(path, revision)
+    if own is None and normalization is None:
+        raise ConfigError(
+            f"{path}: no key 'dino_depth' with the input normalisation, so not an export: say how depth "
+            "becomes its input (normalization= of load_encoder, ?depth_as= in an encoder's name)"
+        )
+    if own is not None and normalization is not None:
+        raise ConfigError(f"{path}: an export of dino-depth, which has its own input normalisation: give no other")
+    name = f"{path}, step {own['step']}" if own else str(path)
+    normalization = normalization or Normalization(**own["normalization"])
+    return Encoder(backbone, normalization, name, backbone.patch_embed.img_size[0]).to(device)
+
+
+def read_backbone(path: str | Path, revision: str | None = None) -> tuple[DepthTransformer, dict | None]:
+    """The network of an export, and what the export says of its input and origin; None where it is no export.
+
+    Also read are folders and repositories of transformers' ``Dinov2Model``, ``Dinov2WithRegistersModel`` and
+    ``DINOv3ViTModel`` with one channel, and ``.pth`` files of DINO-v3's training code, such as the ModMap release's,
+    without unpickling anything but tensors.
+
+    Raises:
+        ConfigError, DataError, ReportedError: as for :func:`load_encoder`.
+    """
+    if Path(path).suffix == ".pth":
+        weights = Path(path)
+        model, tensors = _read_dinov3(weights)
+        size, own = 16 * model.patch_size, None
+    else:
+        folder = _export_folder(path, revision)
+        config = _read_config(folder / "config.json")
+        model, size, own = _model_config(config), config["image_size"], config.get("dino_depth")
+        weights = folder / "model.safetensors"
+        try:
+            tensors = from_transformers(load_file(weights), model)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{weights}: unreadable weights: {error}") from None
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"{weights}: {' '.join(str(error).split())[:300]}") from None
     with torch.device("meta"):  # every weight comes from the file, so none is drawn
-        backbone = DepthTransformer(model, config["image_size"])
+        backbone = DepthTransformer(model, size)
     try:
-        backbone.load_state_dict(from_transformers(tensors, model.depth), assign=True)
-    except (RuntimeError, ValueError) as error:
+        backbone.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
         raise DataError(f"{weights}: {' '.join(str(error).split())[:300]}") from None
-    ours = config["dino_depth"]
-    name = f"{path}, step {ours['step']}"
-    return Encoder(backbone.float(), Normalization(**ours["normalization"]), name, config["image_size"]).to(device)
+    return backbone.float(), own
+
+
+def _read_dinov3(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch raises what the broken content makes its parts raise
+        raise DataError(f"{path}: unreadable weights: {' '.join(str(error).split())[:200]}") from None
+    for key in ("teacher", "model"):
+        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
+            tensors = tensors[key]
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise DataError(f"{path}: not a file of named weights")
+    try:
+        return from_dinov3(tensors)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def random_encoder(path: str | Path | None = None, seed: int = 0, device: str = "cpu") -> Encoder:
@@ -116,7 +174,10 @@ def random_encoder(path: str | Path | None = None, seed: int = 0, device: str = 
     """
     model, normalization, size = ModelConfig(), Normalization(), 896
     if path is not None:
-        config = _read_config(_export_folder(path, None) / "config.json")
+        file = _export_folder(path, None) / "config.json"
+        config = _read_config(file)
+        if "dino_depth" not in config:
+            raise ConfigError(f"{file}: no key 'dino_depth' with the input normalisation; not an export of dino-depth")
         model, size = _model_config(config), config["image_size"]
         normalization = Normalization(**config["dino_depth"]["normalization"])
     with torch.random.fork_rng(devices=[]):
@@ -132,6 +193,8 @@ def _model_config(config: dict) -> ModelConfig:
         dim=config["hidden_size"],
         depth=config["num_hidden_layers"],
         heads=config["num_attention_heads"],
+        registers=config.get("num_register_tokens", 0),
+        positions="rotary" if config["model_type"] == "dinov3_vit" else "learned",
         layer_scale=config["layerscale_value"],
     )
 
@@ -155,24 +218,37 @@ def _export_folder(path: str | Path, revision: str | None) -> Path:
 
 
 def _read_config(path: Path) -> dict:
-    """config.json of an export, checked for everything that :func:`load_encoder` reads."""
+    """config.json of an export or a model of transformers, checked for everything that is read of it."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: missing; the repository holds no encoder") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: unreadable: {error}") from None
-    ours = config.get("dino_depth") if isinstance(config, dict) else None
-    if not isinstance(ours, dict) or not isinstance(ours.get("normalization"), dict) or "step" not in ours:
-        raise ConfigError(f"{path}: no key 'dino_depth' with the input normalisation; not an export of dino-depth")
-    for key, value in ARCHITECTURE.items():
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in ARCHITECTURES:
+        raise ConfigError(f"{path}: model_type is {kind!r}, none of {', '.join(ARCHITECTURES)}")
+    for key, value in ARCHITECTURES[kind].items():
         if config.get(key) != value:
-            raise ConfigError(f"{path}: {key} is {config.get(key)!r}, an export of dino-depth has {value!r}")
-    for key in ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size"):
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise ConfigError(f"{path}: {key} must be a positive integer, got {config.get(key)!r}")
+            raise ConfigError(f"{path}: {key} is {config.get(key)!r}, an encoder of dino-depth has {value!r}")
+    sizes = {"patch_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 1}
+    if kind != "dinov2":
+        sizes["num_register_tokens"] = 0
+    for key, smallest in sizes.items():
+        if type(config.get(key)) is not int or config[key] < smallest:
+            raise ConfigError(f"{path}: {key} must be an integer from {smallest}, got {config.get(key)!r}")
+    if kind == "dinov3_vit" and config.get("intermediate_size") != 4 * config["hidden_size"]:
+        raise ConfigError(f"{path}: intermediate_size is {config.get('intermediate_size')!r}, not 4 times hidden_size")
     if not isinstance(config.get("layerscale_value"), float):
         raise ConfigError(f"{path}: layerscale_value must be a number, got {config.get('layerscale_value')!r}")
+    if "dino_depth" in config:
+        _check_normalization(config["dino_depth"], path)
+    return config
+
+
+def _check_normalization(ours: dict, path: Path):
+    if not isinstance(ours, dict) or not isinstance(ours.get("normalization"), dict) or "step" not in ours:
+        raise ConfigError(f"{path}: dino_depth lacks the input normalisation or the step; not an export of dino-depth")
     known = {entry.name: entry.type for entry in fields(Normalization)}
     if ours["normalization"].keys() != known.keys():
         raise ConfigError(
@@ -183,62 +259,3 @@ def _read_config(path: Path) -> dict:
         choices = get_args(known[key])
         if value not in choices if choices else type(value) not in (int, float):
             raise ConfigError(f"{path}: dino_depth.normalization.{key} cannot be {value!r}")
-    return config
-
-
-def to_transformers(weights: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """The weights of a :class:`DepthTransformer` under the names, and in the pieces, of a ``Dinov2Model`` file.
-
-    Raises:
-        ValueError: a weight is missing or unknown.
-    """
-    names = _transformers_names(depth)
-    _require_same(weights.keys(), names.keys())
-    pieces = {}
-    for name, targets in names.items():
-        for target, piece in zip(targets, weights[name].chunk(len(targets)), strict=True):
-            pieces[target] = piece.contiguous()
-    return pieces
-
-
-def from_transformers(tensors: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """The inverse of :func:`to_transformers`.
-
-    Raises:
-        ValueError: a tensor is missing or unknown.
-    """
-    names = _transformers_names(depth)
-    _require_same(tensors.keys(), {target for targets in names.values() for target in targets})
-    return {name: torch.cat([tensors[target] for target in targets]) for name, targets in names.items()}
-
-
-def _require_same(found, expected):
-    if found != expected:
-        missing, unknown = sorted(expected - found), sorted(found - expected)
-        raise ValueError(f"weights missing: {missing[:3]}, unknown: {unknown[:3]} ({len(missing)}, {len(unknown)})")
-
-
-def _transformers_names(depth: int) -> dict[str, tuple[str, ...]]:
-    """DepthTransformer's name of each weight -> the names of its pieces, along rows, in a ``Dinov2Model`` file.
-
-    The file keeps separate query, key and value projections where timm has one fused matrix.
-    """
-    names = {
-        "cls_token": ("embeddings.cls_token",),
-        "pos_embed": ("embeddings.position_embeddings",),
-        "mask_token": ("embeddings.mask_token",),
-    }
-    for part in ("weight", "bias"):
-        names[f"patch_embed.proj.{part}"] = (f"embeddings.patch_embeddings.projection.{part}",)
-        names[f"norm.{part}"] = (f"layernorm.{part}",)
-    for index in range(depth):
-        block, layer = f"blocks.{index}", f"encoder.layer.{index}"
-        for scale in ("1", "2"):
-            names[f"{block}.ls{scale}.gamma"] = (f"{layer}.layer_scale{scale}.lambda1",)
-        for part in ("weight", "bias"):
-            projections = [f"{layer}.attention.attention.{name}.{part}" for name in ("query", "key", "value")]
-            names[f"{block}.attn.qkv.{part}"] = tuple(projections)
-            names[f"{block}.attn.proj.{part}"] = (f"{layer}.attention.output.dense.{part}",)
-            for module in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
-                names[f"{block}.{module}.{part}"] = (f"{layer}.{module}.{part}",)
-    return names

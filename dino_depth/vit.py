@@ -2,18 +2,22 @@
 
 ``forward_packed`` runs crops of different sizes through the blocks in one pass: tokens of all sequences lie in one
 (tokens, dim) matrix for norms, projections and MLPs, and only attention looks at sequence borders. A group is
-(sequences, length): sequences of one length that lie one after the other. Outside training the inherited
-``forward_features`` computes the same.
+(sequences, length): sequences of one length that lie one after the other. Outside training ``forward_features``
+computes the same.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dino_depth.config import ModelConfig
 from dino_depth.errors import ConfigError
+from dino_depth.rotary import rotate, rotation
 
 __all__ = ["DepthTransformer", "packed_attention", "probe_attention", "resize_position_embedding"]
 
@@ -21,7 +25,9 @@ Groups = list[tuple[int, int]]
 
 
 class DepthTransformer(VisionTransformer):
-    """ViT with learned positions and a class token for (batch, 1, height, width) depth.
+    """ViT with a class token for (batch, 1, height, width) depth.
+
+    Tokens lie in the order class, registers, patches. With registers, learned positions are those of the patches alone.
 
     Args:
         config: sizes; ViT-S/14 by default.
@@ -40,6 +46,12 @@ class DepthTransformer(VisionTransformer):
             raise ConfigError(f"model.drop_path must lie in [0, 1), got {config.drop_path}")
         if not config.layer_scale > 0:
             raise ConfigError(f"model.layer_scale must be positive, got {config.layer_scale}")
+        if config.registers < 0:
+            raise ConfigError(f"model.registers must not be negative, got {config.registers}")
+        if config.positions == "rotary" and config.dim // config.heads % 4:
+            raise ConfigError(
+                f"model.positions rotary: model.dim {config.dim} over model.heads {config.heads} is no multiple of 4"
+            )
         super().__init__(
             img_size=image_size,
             patch_size=config.patch_size,
@@ -50,16 +62,23 @@ class DepthTransformer(VisionTransformer):
             num_heads=config.heads,
             init_values=config.layer_scale,
             dynamic_img_size=True,
+            pos_embed="learn" if config.positions == "learned" else "none",
+            reg_tokens=config.registers,
+            no_embed_class=config.registers > 0,
         )
         self.config = config
         self.mask_token = nn.Parameter(torch.zeros(1, config.dim))
+        if config.registers or config.positions == "rotary":
+            # Without a position to tell them apart, tokens that begin at nearly 0 would all but begin equal.
+            for token in filter(lambda token: token is not None, (self.cls_token, self.reg_token)):
+                nn.init.trunc_normal_(token, std=0.02)
         if config.initialization == "xavier":
             for module in self.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.xavier_uniform_(module.weight)
 
     def embed(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Tokens (batch, 1 + patches, dim) of images (batch, 1, height, width).
+        """Tokens (batch, class and registers and patches, dim) of images (batch, 1, height, width).
 
         Args:
             masks: (batch, patches) bool; those patches become the mask token.
@@ -70,74 +89,100 @@ class DepthTransformer(VisionTransformer):
             patches = torch.where(masks, self.mask_token.to(patches.dtype), patches)
         return self._pos_embed(patches)
 
+    def forward_features(self, x: Tensor, **arguments) -> Tensor:
+        """Normalised tokens (batch, class and registers and patches, dim) of images (batch, 1, height, width)."""
+        if self.config.positions == "learned":
+            return super().forward_features(x, **arguments)
+        return self.forward_packed([x], [None])[0]
+
     def forward_packed(
         self,
         crops: list[Tensor],
         masks: list[Tensor | None],
-        drop_path: float = 0.0,
         needed: Tensor | None = None,
+        kept: list[list[Tensor]] | None = None,
+        scale: float = 1.0,
     ) -> list[Tensor] | Tensor:
         """Normalised tokens of several sets of crops in one pass.
 
         Args:
             crops: each (batch_i, 1, side_i, side_i).
             masks: for each, (batch_i, patches_i) bool or None.
-            drop_path: share of each set's sequences that skip a residual branch.
             needed: (rows,) of the pack that the caller reads. The last block's MLP, a twentieth of the work, then
                 leaves out the others.
+            kept: for each residual branch (two a block) and each set, (kept,) the sequences that take it; the others
+                skip it and its cost. None: all take every branch.
+            scale: of a branch's output where it is taken, 1 / share kept.
 
         Returns:
-            for each set, (batch_i, 1 + patches_i, dim); with ``needed``, (rows, dim).
+            for each set, (batch_i, tokens_i, dim) as of :meth:`embed`; with ``needed``, (rows, dim).
         """
         tokens = [self.embed(images, mask) for images, mask in zip(crops, masks, strict=True)]
         groups = [(part.shape[0], part.shape[1]) for part in tokens]
         packed = torch.cat([part.flatten(0, 1) for part in tokens])  # (tokens, dim)
-        for block in self.blocks:
-            packed = _residual(packed, groups, drop_path, lambda x, g, b=block: b.ls1(_attend(b, x, g, self.config)))
+        rotations = None if self.config.positions == "learned" else [self._rotation(images) for images in crops]
+        recompute = self.config.checkpoint_activations
+        for place, block in enumerate(self.blocks):
+            attention, mlp = (None, None) if kept is None else kept[2 * place : 2 * place + 2]
+
+            def attend(x, g, b=block):
+                return b.ls1(_attend(b, x, g, rotations, self.config))
+
+            packed = _residual(packed, groups, attend, attention, scale, recompute)
             if needed is not None and block is self.blocks[-1]:
                 break
-            packed = _residual(packed, groups, drop_path, lambda x, g, b=block: b.ls2(b.mlp(b.norm2(x))))
+            packed = _residual(packed, groups, lambda x, g, b=block: b.ls2(b.mlp(b.norm2(x))), mlp, scale, recompute)
         if needed is None:
             parts = self.norm(packed).split([count * length for count, length in groups])
             return [part.view(*group, -1) for part, group in zip(parts, groups, strict=True)]
+        taken = torch.ones(len(packed), 1, device=packed.device)
+        if mlp is not None:
+            taken = torch.zeros_like(taken).index_fill_(0, _rows(groups, mlp), scale)
         packed = packed.index_select(0, needed)
         update = block.ls2(block.mlp(block.norm2(packed)))
-        if drop_path:
-            kept = torch.zeros(sum(count * length for count, length in groups), 1, device=packed.device)
-            rows, scales, _ = _draw_rows(groups, drop_path, packed)
-            update = update * kept.index_copy_(0, rows, scales).index_select(0, needed)
-        return self.norm(packed + update)
+        return self.norm(packed + update * taken.index_select(0, needed))
+
+    def _rotation(self, images: Tensor) -> Tensor:
+        rows, columns = (side // self.config.patch_size for side in images.shape[-2:])
+        return rotation((rows, columns), self.num_prefix_tokens, self.config.dim // self.config.heads, images.device)
 
 
-def _attend(block: nn.Module, tokens: Tensor, groups: Groups, config: ModelConfig) -> Tensor:
-    query, key, value = block.attn.qkv(block.norm1(tokens)).view(len(tokens), 3, config.heads, -1).unbind(1)
+def _attend(
+    block: nn.Module, tokens: Tensor, groups: Groups, rotations: list[Tensor] | None, config: ModelConfig
+) -> Tensor:
+    shape = (len(tokens), 3, config.heads, config.dim // config.heads)
+    query, key, value = block.attn.qkv(block.norm1(tokens)).view(shape).unbind(1)
+    if rotations is not None:
+        query, key = (rotate(part, groups, rotations) for part in (query, key))
     return block.attn.proj(packed_attention(query, key, value, groups, config.attention).flatten(1))
 
 
-def _residual(tokens: Tensor, groups: Groups, drop_path: float, branch) -> Tensor:
-    """``tokens + branch(tokens)`` in which a random share of each group's sequences skips the branch (and its cost)."""
-    if drop_path == 0:
+def _residual(
+    tokens: Tensor, groups: Groups, branch, kept: list[Tensor] | None, scale: float, recompute: bool
+) -> Tensor:
+    """``tokens + branch(tokens)``, the branch computed and scaled for the ``kept`` sequences of each group alone.
+
+    With ``recompute`` the backward pass computes the branch again instead of keeping what lies inside it.
+    """
+    if recompute:
+        # Nothing inside is random: who keeps a branch is decided outside.
+        arguments = (tokens, groups, branch, kept, scale, False)
+        return checkpoint(_residual, *arguments, use_reentrant=False, preserve_rng_state=False)
+    if kept is None:
         return tokens + branch(tokens, groups)
-    rows, scales, kept_groups = _draw_rows(groups, drop_path, tokens)
-    update = branch(tokens.index_select(0, rows), kept_groups) * scales
+    rows = _rows(groups, kept)
+    kept_groups = [(len(chosen), length) for chosen, (_, length) in zip(kept, groups, strict=True)]
+    update = branch(tokens.index_select(0, rows), kept_groups) * scale
     return tokens.index_add(0, rows, update.to(tokens.dtype))
 
 
-def _draw_rows(groups: Groups, drop_path: float, like: Tensor) -> tuple[Tensor, Tensor, Groups]:
-    """Rows of the sequences that keep a branch, their scales (rows, 1) and their groups.
-
-    The scale, total / kept, makes the expectation that of the full branch (stochastic depth, Huang et al. 2016, on
-    samples as in DINOv2).
-    """
-    rows, scales, kept_groups, start = [], [], [], 0
-    for count, length in groups:
-        kept = max(1, int(count * (1 - drop_path)))
-        chosen = torch.randperm(count, device=like.device)[:kept].sort().values
-        rows.append((start + chosen[:, None] * length + torch.arange(length, device=like.device)).flatten())
-        scales.append(like.new_full((kept * length, 1), count / kept))
-        kept_groups.append((kept, length))
+def _rows(groups: Groups, kept: list[Tensor]) -> Tensor:
+    """(rows,) of the pack that belong to the ``kept`` sequences of each group."""
+    rows, start = [], 0
+    for chosen, (count, length) in zip(kept, groups, strict=True):
+        rows.append((start + chosen[:, None] * length + torch.arange(length, device=chosen.device)).flatten())
         start += count * length
-    return torch.cat(rows), torch.cat(scales), kept_groups
+    return torch.cat(rows)
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, backend: str = "grouped") -> Tensor:
@@ -199,5 +244,6 @@ def probe_attention(backend: str, device: str = "cpu", dtype: torch.dtype = torc
 
 
 def resize_position_embedding(position: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(1, 1 + rows*columns, dim) positions, the class token's first, at another patch grid (bicubic, antialiased)."""
-    return resample_abs_pos_embed(position, new_size=list(grid), num_prefix_tokens=1)
+    """(1, rows*columns, dim) positions, or those behind the class token's, at another grid (bicubic, antialiased)."""
+    prefix = position.shape[1] - math.isqrt(position.shape[1]) ** 2  # the stored grid is square
+    return resample_abs_pos_embed(position, new_size=list(grid), num_prefix_tokens=prefix)

@@ -119,7 +119,8 @@ def tiny_config() -> PretrainConfig:
 def tiny_batch(maps=3) -> Batch:
     masks = torch.zeros(maps, 2, 4, dtype=torch.bool)
     masks[0, 1, :2] = masks[2, 0, 1] = masks[1, 0, 3] = True
-    return Batch.make(torch.randn(maps, 2, 1, 28, 28), torch.randn(maps, 3, 1, 14, 14), masks, torch.device("cpu"))
+    crops = torch.randn(maps, 2, 1, 28, 28), torch.randn(maps, 3, 1, 14, 14)
+    return Batch.make(*crops, masks, torch.device("cpu"), tiny_config())
 
 
 def test_student_losses_equal_the_published_pairing():

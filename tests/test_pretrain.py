@@ -19,7 +19,7 @@ import torch
 
 from dino_depth.config import HealthConfig, PretrainConfig, save_config
 from dino_depth.errors import ConfigError, DataError, GateError, Interrupted, ReportedError
-from dino_depth.pretrain import checkpoint, train
+from dino_depth.pretrain import checkpoint, student_teacher, train
 from dino_depth.pretrain.health import CollapseGate, measure, rankme
 from dino_depth.pretrain.order import EndlessOrder
 from dino_depth.pretrain.shards import DepthShards
@@ -98,9 +98,9 @@ def _holds(moment) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_saves_and_the_run_continues_exactly(tiny, uninterrupted, monkeypatch, number):
-    losses, calls = train.student_losses, []
+    losses, calls = student_teacher.student_losses, []
 
     def interrupt_third(*arguments):
         calls.append(1)
@@ -108,7 +108,7 @@ def test_a_signal_saves_and_the_run_continues_exactly(tiny, uninterrupted, monke
             signal.raise_signal(number)
         return losses(*arguments)
 
-    monkeypatch.setattr(train, "student_losses", interrupt_third)
+    monkeypatch.setattr(student_teacher, "student_losses", interrupt_third)
     with pytest.raises(Interrupted, match=f"step 3 by {signal.Signals(number).name}"):
         pretrain(tiny)
     assert final_state(tiny.out)["step"] == 3
@@ -177,7 +177,7 @@ def _record(student, gradients) -> torch.Tensor:
 
 def _poison(monkeypatch, steps):
     """Makes the loss NaN at the given calls."""
-    losses, calls = train.student_losses, []
+    losses, calls = student_teacher.student_losses, []
 
     def broken(*arguments):
         calls.append(1)
@@ -186,7 +186,7 @@ def _poison(monkeypatch, steps):
             result["loss"] = result["loss"] * float("nan")
         return result
 
-    monkeypatch.setattr(train, "student_losses", broken)
+    monkeypatch.setattr(student_teacher, "student_losses", broken)
 
 
 def test_one_loss_that_is_not_finite_is_skipped(tiny, monkeypatch):

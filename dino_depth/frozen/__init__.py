@@ -3,12 +3,13 @@
 | name | what |
 |---|---|
 | `DIR` or `OWNER/NAME` | an export of `dino-depth export`, of depth or, if it was trained on images, of images |
+| `FILE.pth` | weights of DINO-v3's training code with one channel, such as the ModMap release's |
 | `transformers:DIR_OR_ID` | a Vision Transformer of transformers, such as DINO-v2 (with registers) and DINO-v3 |
 | `timm:NAME` | a pretrained Vision Transformer of timm |
 | `defm:vit_s14`, `defm:FILE` | DeFM, metric depth only |
 | `raw-patches` | the pixels of each patch |
 | `fpfh` | geometric features of points; needs `pip install 'dino-depth[fpfh]'` |
-| `random:` before the first four | the same architecture and input with random weights |
+| `random:` before all but `FILE.pth`, `raw-patches` and `fpfh` | the same architecture and input with random weights |
 
 Options follow a question mark, `transformers:DIR?mean_std=imagenet&depth_as=log`; the module of each family says which
 it has. To add a family, add a module with `load(spec, modality, device)` and name it in `FAMILIES`.

@@ -83,7 +83,7 @@ def _depth_of(name: str, depth: int) -> int:
     """Layers below: 0 for the embeddings, i + 1 for block i, depth + 1 for the final norm."""
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
-    return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token", "mask_token")) else depth + 1
+    return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token", "mask_token", "reg_token")) else depth + 1
 
 
 def set_rates(optimizer: torch.optim.Optimizer, now: Schedule):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["compare", "worst"]
 
-# Images (1, 1, side, side) -> tokens (1, 1 + patches, dim) after the final norm, the class token first.
+# Images (1, 1, side, side) -> tokens (1, class and registers and patches, dim) after the final norm, in this order.
 Model = Callable[[Tensor], Tensor]
 
 
@@ -24,7 +24,8 @@ def compare(models: dict[str, Model], images: Iterable[Tensor], tolerance: float
 
     Returns:
         JSON values: ``passed``, ``largest_feature`` (magnitude, to judge the differences by) and for every pair and
-        each of class and patch features ``max_abs`` and ``mean_abs`` over all maps, null where a feature is not finite.
+        each of class and patch features, registers with the patches, ``max_abs`` and ``mean_abs`` over all maps, null
+        where a feature is not finite.
     """
     pairs = list(combinations(models, 2))
     largest, means = ({(pair, kind): [] for pair in pairs for kind in ("class", "patch")} for _ in range(2))
@@ -33,7 +34,7 @@ def compare(models: dict[str, Model], images: Iterable[Tensor], tolerance: float
         tokens = {name: model(image[None]).float() for name, model in models.items()}
         magnitudes += [features.abs().max().item() for features in tokens.values()]
         for pair in pairs:
-            difference = (tokens[pair[0]] - tokens[pair[1]]).abs()  # (1, 1 + patches, dim)
+            difference = (tokens[pair[0]] - tokens[pair[1]]).abs()  # (1, tokens, dim)
             for kind, part in (("class", difference[:, 0]), ("patch", difference[:, 1:])):
                 largest[pair, kind].append(part.max().item())
                 means[pair, kind].append(part.mean().item())

@@ -25,7 +25,7 @@ __all__ = ["RunFolder", "git_revision", "library_versions"]
 # Settings that do not change what is computed, and may differ between a run and its resumption.
 FREE = {
     "out", "resume", "data.shards", "data.cache", "data.cache_gib", "data.workers", "data.resident", "model.attention",
-    "train.checkpoint_every", "train.keep", "train.log_every", "train.threads", "train.device",
+    "train.checkpoint_every", "train.keep", "train.log_every", "train.threads", "train.timeout", "train.device",
 }  # fmt: skip
 PACKAGES = (
     "torch",
@@ -92,7 +92,8 @@ class RunFolder:
             self._check_unchanged(config, shards)
         elif not config.resume and self.path.exists() and any(self.path.iterdir()):
             raise ConfigError(f"--out {self.path}: folder is not empty; use --resume to continue the run in it")
-        distributed.barrier()  # every rank has looked at the folder before one of them writes to it
+        # This also waits until every rank has looked at the folder before one of them writes to it.
+        distributed.require_equal("the samples of data.shards", _fingerprint(shards)[:12])
         self.log = logging.getLogger("dino_depth")
         self._metrics = self._events = None
         if not self.writes:

@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dino_depth.config import PretrainConfig
 from dino_depth.pretrain.heads import PrototypeHead
 from dino_depth.pretrain.losses import koleo, matmul_dtype, prototype_cross_entropy, sinkhorn
+from dino_depth.pretrain.stochastic_depth import kept_sequences
 from dino_depth.vit import DepthTransformer
 
-__all__ = ["Batch", "Networks", "Targets", "student_losses", "teacher_targets", "update_teacher"]
+__all__ = ["Batch", "Networks", "Student", "Targets", "student_losses", "teacher_targets", "update_teacher"]
 
 
 class Networks(nn.Module):
@@ -34,6 +36,7 @@ class Batch:
         mask_weights: (hidden,) 1 / (hidden patches of its crop * number of global crops).
         needed: (2 * maps + hidden + crops * maps,) rows the losses read of all tokens of the global, then of the local
             crops: global class tokens, hidden patches, local class tokens.
+        kept: which global and which local crops take each residual branch, see ``stochastic_depth.py``; None: all.
     """
 
     global_crops: Tensor
@@ -41,16 +44,33 @@ class Batch:
     masks: Tensor
     mask_weights: Tensor
     needed: Tensor
+    kept: list[list[Tensor]] | None
 
     @classmethod
     def make(
-        cls, global_crops: Tensor, local_crops: Tensor, masks: Tensor, device: torch.device, patch_size: int = 14
+        cls,
+        global_crops: Tensor,
+        local_crops: Tensor,
+        masks: Tensor,
+        device: torch.device,
+        config: PretrainConfig,
+        step: int = 0,
+        first: int = 0,
     ) -> "Batch":
-        """From (maps, 2, 1, side, side) and (maps, crops, 1, side, side) crops and (maps, 2, patches) masks."""
+        """From (maps, 2, 1, side, side) and (maps, crops, 1, side, side) crops and (maps, 2, patches) masks.
+
+        Args:
+            step, first: the step, and the place of the first map in its batch.
+        """
+        model, counts = config.model, [global_crops.shape[1], local_crops.shape[1]]
+        kept = kept_sequences(
+            model.drop_path, 2 * model.depth, counts, config.train.seed, step, first, len(global_crops)
+        )
         masks = masks.transpose(0, 1).flatten(0, 1)
         weights = (1 / masks.sum(1).clamp_min(1))[:, None].expand_as(masks)[masks] / len(masks)
         crop, patch = masks.nonzero(as_tuple=True)
-        length, small = masks.shape[1] + 1, (local_crops.shape[-1] // patch_size) ** 2 + 1
+        prefix = 1 + model.registers  # tokens before the patches
+        length, small = prefix + masks.shape[1], prefix + (local_crops.shape[-1] // model.patch_size) ** 2
         classes = torch.arange(len(masks)) * length
         locals_ = len(masks) * length + torch.arange(local_crops.shape[0] * local_crops.shape[1]) * small
         parts = (
@@ -58,9 +78,19 @@ class Batch:
             local_crops.transpose(0, 1).flatten(0, 1),
             masks,
             weights,
-            torch.cat([classes, crop * length + 1 + patch, locals_]),
+            torch.cat([classes, crop * length + prefix + patch, locals_]),
         )
-        return cls(*(part.to(device, non_blocking=True) for part in parts))
+        return cls(*(part.to(device, non_blocking=True) for part in parts), _to_device(kept, device))
+
+
+def _to_device(kept: list[list[np.ndarray]] | None, device: torch.device) -> list[list[Tensor]] | None:
+    """The arrays as tensors, in one transfer."""
+    if kept is None:
+        return None
+    parts = [part for sets in kept for part in sets]
+    sizes = [len(part) for part in parts]
+    moved = iter(torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True).split(sizes))
+    return [[next(moved) for _ in sets] for sets in kept]
 
 
 @dataclass
@@ -106,9 +136,8 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
     loss = config.loss
     maps = len(batch.global_crops) // 2
     locals_ = len(batch.local_crops) // maps
-    tokens = student.backbone.forward_packed(
-        [batch.global_crops, batch.local_crops], [batch.masks, None], config.model.drop_path, batch.needed
-    )
+    crops, scale = [batch.global_crops, batch.local_crops], 1 / (1 - config.model.drop_path)
+    tokens = student.backbone.forward_packed(crops, [batch.masks, None], batch.needed, batch.kept, scale)
     whole, hidden, local = tokens.split([2 * maps, len(batch.mask_weights), locals_ * maps])
     classes = torch.cat([whole, local])  # ((2 + local crops) * maps, dim)
     first, second = targets.classes.chunk(2)
@@ -130,6 +159,21 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
     spread = sum(koleo(part) for part in whole.chunk(2))
     total = loss.dino_weight * dino + loss.ibot_weight * ibot + loss.koleo_weight * spread
     return {"loss": total, "dino": dino, "ibot": ibot, "koleo": spread}
+
+
+class Student(nn.Module):
+    """The student and what it pays, as one module: its gradients are averaged over ranks while they are computed.
+
+    Args:
+        networks: the student's; in a process group they become equal to rank 0's.
+    """
+
+    def __init__(self, networks: Networks, config: PretrainConfig):
+        super().__init__()
+        self.networks, self.config = networks, config
+
+    def forward(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+        return student_losses(self.networks, batch, targets, self.config)
 
 
 @torch.no_grad()

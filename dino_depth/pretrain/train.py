@@ -1,11 +1,14 @@
 """The pretraining loop."""
 
 import contextlib
+import logging
 import signal
 import threading
 import time
+from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dino_depth import distributed
@@ -16,29 +19,32 @@ from dino_depth.errors import ConfigError, Interrupted, ReportedError
 from dino_depth.pretrain import checkpoint
 from dino_depth.pretrain.crops import check_crops, multi_crop
 from dino_depth.pretrain.health import CollapseGate, measure
+from dino_depth.pretrain.initialize import initialize
 from dino_depth.pretrain.masks import draw_masks
 from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
 from dino_depth.pretrain.order import EndlessOrder
 from dino_depth.pretrain.run_folder import RunFolder
 from dino_depth.pretrain.shards import DepthShards
-from dino_depth.pretrain.student_teacher import Batch, Networks, student_losses, teacher_targets, update_teacher
+from dino_depth.pretrain.student_teacher import Batch, Networks, Student, teacher_targets, update_teacher
 from dino_depth.progress import Progress, peak_memory
-from dino_depth.vit import probe_attention, resize_position_embedding
+from dino_depth.vit import probe_attention
 
 __all__ = ["make_loader", "pretrain"]
 
+# Ctrl-C, the end of an allocation or a preemption, and what Slurm and submitit send before a time limit.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 BAD_STEPS = 3  # steps without a finite loss, in a row, that end a run
 PARTS = ("backbone", "dino_head", "ibot_head")
 SCHEDULED = ("lr", "weight_decay", "momentum", "teacher_temperature")
 
 
 class _Stop:
-    """Remembers that Ctrl-C, SIGTERM or SIGUSR1 came, so that the loop can stop between two steps."""
+    """Remembers that one of ``SIGNALS`` came, so that the loop can stop between two steps."""
 
     def __enter__(self):
         self.asked, self.name, self._before = False, "another rank", {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
@@ -78,12 +84,17 @@ def _positions(config: PretrainConfig, first_step: int):
     A step takes the next ``batch`` positions, dealt in blocks to (pass, rank): the number of ranks and passes does not
     change which maps a step sees.
     """
-    ranks, passes = distributed.world_size(), config.train.accumulate
-    block = config.train.batch // (ranks * passes)
+    block = config.train.batch // (distributed.world_size() * config.train.accumulate)
     for step in range(first_step, config.train.steps):
-        for turn in range(passes):
-            start = step * config.train.batch + (turn * ranks + distributed.rank()) * block
+        for turn in range(config.train.accumulate):
+            start = step * config.train.batch + _place(config, turn)
             yield list(range(start, start + block))
+
+
+def _place(config: PretrainConfig, turn: int) -> int:
+    """Where in a step's batch this rank's maps of a pass begin."""
+    ranks = distributed.world_size()
+    return (turn * ranks + distributed.rank()) * (config.train.batch // (ranks * config.train.accumulate))
 
 
 def _collate(samples: list):
@@ -105,9 +116,8 @@ def _next(loader) -> list[torch.Tensor]:
 
 def _quiet_worker(_):
     # Ctrl-C reaches the whole process group; the training process decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 def make_loader(shards: DepthShards, config: PretrainConfig, first_step: int, device: torch.device):
@@ -152,73 +162,58 @@ def pretrain(config: PretrainConfig):
         DataError: a shard or sample is corrupt.
         GateError: the run collapsed or stalled.
         Interrupted: a signal came; a checkpoint is written.
-        ReportedError: the loss was not finite three times in a row.
+        ReportedError: the loss was not finite three times in a row; another rank failed, is missing or holds other
+            weights, and the message names it.
     """
     device = pick_device(config.train.device)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     if device.type == "cpu":
         reuse_memory()
-    distributed.start(device)
-    try:
-        _run(config, device)
-    finally:
-        distributed.stop()
+    log = logging.getLogger("dino_depth")
+    log.handlers = [logging.NullHandler()]
+    distributed.start(device, config.train.timeout)
+    with contextlib.ExitStack() as closing:
+        closing.callback(distributed.stop)
+        try:
+            with distributed.naming_the_cause():
+                _run(config, device, closing)
+        except Exception as error:
+            log.error("%s", error)
+            raise
 
 
-def load_pretrained(student: Networks, source: str):
-    """Starts the student's backbone from a run, a checkpoint file or an export.
-
-    Raises:
-        ConfigError: the source's network has other sizes.
-    """
-    if source.endswith(".pt"):
-        checkpoint.load_backbone(student.backbone, checkpoint.load(source)["teacher"], source)
-        return
-    loaded = checkpoint.load_encoder_or_run(source).backbone
-    weights = loaded.state_dict()
-    grid = student.backbone.patch_embed.grid_size
-    weights["pos_embed"] = resize_position_embedding(weights["pos_embed"], grid)
-    try:
-        student.backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ConfigError(f"--init_from {source}: {' '.join(str(error).split())[:300]}") from None
-
-
-def _run(config: PretrainConfig, device: torch.device):
+def _run(config: PretrainConfig, device: torch.device, closing: contextlib.ExitStack):
     shards = DepthShards.configured(config.data)
     _check(config, shards, device)
     torch.manual_seed(config.train.seed)
     student = Networks(config).to(device)
     teacher = Networks(config).to(device).requires_grad_(False)
-    if config.init_from:
-        load_pretrained(student, config.init_from)
+    if config.init_from and not checkpoint.checkpoints(Path(config.out)):
+        initialize(student, config.init_from)
     teacher.load_state_dict(student.state_dict())
     optimizer = build_optimizer(student, config)
     gate = CollapseGate(config.health, config.train.steps)
-    run = RunFolder(config, shards)
-    try:
-        first, bad = 0, 0
-        if found := checkpoint.checkpoints(run.path):
-            state = checkpoint.load(found[-1])
-            student.load_state_dict(state["student"])
-            teacher.load_state_dict(state["teacher"])
-            optimizer.load_state_dict(state["optimizer"])
-            gate.restore(state["gate"])
-            first, bad = state["step"], state["bad"]
-        if config.data.resident:
-            shards.make_resident()
-        run.open_metrics(first)
-        products = "bfloat16" if config.train.precision == "bf16" and has_bfloat16_units(device) else "float32"
-        begun = "resumed" if first else "started"
-        run.log.info("%s at step %d of %d on %s, %s products", begun, first, config.train.steps, device, products)
-        with _Stop() as stop:
-            _loop(config, device, shards, student, teacher, optimizer, gate, run, first, bad, stop)
-    except Exception as error:
-        run.log.error("%s", error)
-        raise
-    finally:
-        run.close()
+    run = closing.enter_context(contextlib.closing(RunFolder(config, shards)))
+    first, bad = 0, 0
+    if found := checkpoint.checkpoints(run.path):
+        state = checkpoint.load(found[-1])
+        student.load_state_dict(state["student"])
+        teacher.load_state_dict(state["teacher"])
+        optimizer.load_state_dict(state["optimizer"])
+        gate.restore(state["gate"])
+        first, bad = state["step"], state["bad"]
+    distributed.require_equal("the step they start from", first)
+    distributed.require_equal_weights({"student": student, "teacher": teacher}, first)
+    if config.data.resident:
+        shards.make_resident()
+    run.open_metrics(first)
+    products = "bfloat16" if config.train.precision == "bf16" and has_bfloat16_units(device) else "float32"
+    begun, ranks = "resumed" if first else "started", distributed.world_size()
+    where = f"{ranks} x {device.type}" if ranks > 1 else device
+    run.log.info("%s at step %d of %d on %s, %s products", begun, first, config.train.steps, where, products)
+    with _Stop() as stop:
+        _loop(config, device, shards, student, teacher, optimizer, gate, run, first, bad, stop)
 
 
 @contextlib.contextmanager
@@ -232,17 +227,25 @@ def _loading(shards: DepthShards, config: PretrainConfig, first_step: int, devic
 
 
 def _loop(config, device, shards, student, teacher, optimizer, gate, run, first, bad, stop):
-    train, passes = config.train, config.train.accumulate
+    train, passes, ranks = config.train, config.train.accumulate, distributed.world_size()
     since, since_step, seconds_waiting = time.perf_counter(), first, 0.0
     progress = Progress("pretrain", train.steps, "steps", first) if run.writes else contextlib.nullcontext()
 
+    networks = {"student": student, "teacher": teacher}
+    paying = Student(student, config)
+    if ranks > 1:
+        paying = DistributedDataParallel(paying, gradient_as_bucket_view=True)
+
     def save(done: int):
+        distributed.note(done, "writing a checkpoint")
+        distributed.require_equal_weights(networks, done)
         if run.writes:
             state = {"step": done, "bad": bad, "gate": gate.state(), "optimizer": optimizer.state_dict()}
-            state |= {"student": student.state_dict(), "teacher": teacher.state_dict()}
+            state |= {name: part.state_dict() for name, part in networks.items()}
             checkpoint.save(state, checkpoint.checkpoint_path(run.path, done))
             checkpoint.prune(run.path, train.keep)
             run.log.info("checkpoint after step %d", done)
+        distributed.barrier()  # a rank that ended now could take the one that writes with it
 
     with progress, _loading(shards, config, first, device) as loader:
         for step in range(first, train.steps):
@@ -250,23 +253,24 @@ def _loop(config, device, shards, student, teacher, optimizer, gate, run, first,
             set_rates(optimizer, now)
             sums = {}
             for turn in range(passes):
+                distributed.note(step, "reading maps")
                 waiting = time.perf_counter()
-                batch = Batch.make(*_next(loader), device, config.model.patch_size)
+                batch = Batch.make(*_next(loader), device, config, step, _place(config, turn))
                 seconds_waiting += time.perf_counter() - waiting
-                # Which samples skip which branch depends on the step alone, so a resumed run draws the same.
-                part = turn * distributed.world_size() + distributed.rank()
-                torch.manual_seed((train.seed * 1_000_003 + step) * 65_537 + part)
-                with autocast(device, train.precision):
-                    targets = teacher_targets(teacher, batch, now.teacher_temperature, config.loss.sinkhorn_iterations)
-                    losses = student_losses(student, batch, targets, config)
-                (losses["loss"] / passes).backward()
+                distributed.note(step, "computing")
+                with contextlib.nullcontext() if ranks == 1 or turn == passes - 1 else paying.no_sync():
+                    with autocast(device, train.precision):
+                        temperature, iterations = now.teacher_temperature, config.loss.sinkhorn_iterations
+                        targets = teacher_targets(teacher, batch, temperature, iterations)
+                        losses = paying(batch, targets)
+                    (losses["loss"] / passes).backward()
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0) + value.detach() / passes
-            distributed.average_gradients(list(student.parameters()))
             norms = clip(student, config.optim.clip)
             finite = torch.isfinite(sums["loss"]) & torch.isfinite(norms).all()
             # Ranks agree, in one reduction, whether a step counts and whether to stop.
-            failed, stopping = distributed.all_sum(torch.stack([~finite, finite.new_tensor(stop.asked)]).int()).tolist()
+            flags = torch.stack([~finite, finite.new_tensor(stop.asked)]).int()
+            failed, stopping = distributed.read(distributed.all_sum(flags))
             if failed:
                 bad += 1
                 run.log.warning("step %d skipped: loss %s, gradient norms %s", step, sums["loss"], norms.tolist())
@@ -283,12 +287,16 @@ def _loop(config, device, shards, student, teacher, optimizer, gate, run, first,
             health = measure(targets) if done % config.health.every == 0 and not failed else {}
             if done % train.log_every == 0 or health or done == train.steps:
                 elapsed = time.perf_counter() - since
-                figures = {f"loss/{name}" if name != "loss" else name: float(sums[name]) for name in sums}
+                means = distributed.all_sum(torch.stack([*sums.values()])).div_(ranks).tolist()
+                slowest = float(distributed.all_max(torch.tensor(seconds_waiting, device=device)))
+                figures = {
+                    "loss" if name == "loss" else f"loss/{name}": mean for name, mean in zip(sums, means, strict=True)
+                }
                 figures |= {f"schedule/{name}": float(getattr(now, name)) for name in SCHEDULED}
                 figures |= {f"gradient/{name}": float(norm) for name, norm in zip(PARTS, norms, strict=True)}
                 figures |= {f"health/{name}": value for name, value in health.items()}
                 figures |= {"speed/maps_per_second": (done - since_step) * train.batch / elapsed}
-                figures |= {"speed/data_wait": seconds_waiting / elapsed}
+                figures |= {"speed/data_wait": slowest / elapsed}
                 figures |= {"speed/peak_memory_gib": peak_memory() / 2**30}
                 run.write_metrics(done, figures)
                 since, since_step, seconds_waiting = time.perf_counter(), done, 0.0

@@ -1,0 +1,64 @@
+"""A new run that begins with weights from elsewhere."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from dino_depth.config import ModelConfig, PretrainConfig, load_config
+from dino_depth.encoder import read_backbone
+from dino_depth.errors import ConfigError
+from dino_depth.pretrain import checkpoint
+from dino_depth.pretrain.student_teacher import Networks
+from dino_depth.vit import resize_position_embedding
+
+__all__ = ["initialize"]
+
+# What decides a network's function beside its weights' shapes, or more legibly than they do.
+SIZES = ("patch_size", "dim", "depth", "heads", "registers", "positions")
+
+
+def initialize(student: Networks, source: str):
+    """Gives the student the weights of a run's or a checkpoint's teacher, or the backbone that ``read_backbone`` reads.
+
+    Learned positions are resized to the student's grid. The heads come along where a teacher has them and all of them
+    fit: a trained MLP before new prototypes would be neither.
+
+    Raises:
+        ConfigError: the source is not there, or its network has other sizes.
+        DataError: its weights are unreadable.
+    """
+    sizes, weights = _read(source)
+    ours = student.backbone.config
+    for key in SIZES:
+        if sizes and getattr(sizes, key) != getattr(ours, key):
+            theirs = getattr(sizes, key)
+            raise ConfigError(f"--init_from {source}: its model.{key} is {theirs}, this run's is {getattr(ours, key)}")
+    backbone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
+    if "pos_embed" in backbone:
+        backbone["pos_embed"] = resize_position_embedding(backbone["pos_embed"], student.backbone.patch_embed.grid_size)
+    try:
+        student.backbone.load_state_dict(backbone)
+    except RuntimeError as error:
+        raise ConfigError(f"--init_from {source}: {' '.join(str(error).split())[:300]}") from None
+    heads = {key: value for key, value in weights.items() if not key.startswith("backbone.")}
+    shapes = {key: value.shape for key, value in student.state_dict().items() if not key.startswith("backbone.")}
+    if {key: value.shape for key, value in heads.items()} == shapes:
+        student.load_state_dict(heads, strict=False)
+
+
+def _read(source: str) -> tuple[ModelConfig | None, dict[str, Tensor]]:
+    """Sizes, unless a lone checkpoint leaves them open, and weights under the names of a ``Networks``."""
+    path = Path(source)
+    if source.endswith(".pt"):
+        file, run = path, path.resolve().parent.parent
+    elif (path / "config.yaml").is_file():
+        found = checkpoint.checkpoints(path)
+        if not found:
+            raise ConfigError(f"--init_from {source}: no checkpoint yet")
+        file, run = found[-1], path
+    else:
+        backbone, _ = read_backbone(source)
+        return backbone.config, {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
+    known = (run / "config.yaml").is_file()
+    sizes = load_config(PretrainConfig, run / "config.yaml").model if known else None
+    return sizes, checkpoint.load(file)["teacher"]
