@@ -233,8 +233,11 @@ def test_the_cache_stays_within_its_limit_and_drops_what_was_used_longest_ago(tm
     cache.write({"big": np.zeros(5000, "<f2")})
     assert [path.stem for path in entries(tmp_path)] == ["j", "k", "l"]
     (tmp_path / "x.part").write_bytes(b"left by a kill")
+    os.utime(tmp_path / "x.part", (0, 0))
+    (tmp_path / "y.part").write_bytes(b"another process writes it")
     cache.write({"m": array})
     assert not (tmp_path / "x.part").exists() and taken(tmp_path) <= cache.limit
+    assert (tmp_path / "y.part").exists()
 
 
 def test_a_store_works_beyond_its_limit(encoders, tmp_path):

@@ -1,7 +1,7 @@
 """A folder of features by the content they were computed from, bounded in bytes, the least recently used removed first.
 
     <sha256 of the key>.features    sha256 of the rest, 32 bytes; float16, little-endian, in C order
-    <sha256 of the key>.part        being written
+    <sha256 of the key>.HOST.PROCESS.part   being written
     lock                            locked while files are written and removed
 
 Any number of processes may use a folder at once. Whatever stops a process, an entry is whole or absent; one that was
@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ __all__ = ["FeatureCache"]
 
 DIGEST = hashlib.sha256().digest_size
 SUFFIX, PARTIAL = ".features", ".part"
+STALE_SECONDS = 3600  # a younger partial file may be another process's
 # Some cluster file systems are mounted without locks; two writers may then exceed the limit by what each of them adds.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 log = getLogger("dino_depth")
@@ -94,7 +96,7 @@ class FeatureCache:
             raise ReportedError(f"{reason}: free some space, or name another folder or none") from error
 
     def _store(self, key: str, payload: bytes):
-        partial = self.folder / f"{key}{PARTIAL}"
+        partial = self.folder / f"{key}.{socket.gethostname()}.{os.getpid()}{PARTIAL}"
         with open(partial, "wb") as file:
             file.write(hashlib.sha256(payload).digest())
             file.write(payload)
@@ -110,11 +112,14 @@ class FeatureCache:
             return False
         entries = []
         for entry in os.scandir(self.folder):
-            if entry.name.endswith(PARTIAL):
-                os.unlink(entry.path)
-            elif entry.name.endswith(SUFFIX):
+            try:
                 state = entry.stat()
+            except FileNotFoundError:
+                continue  # without locks: another process has removed or renamed it
+            if entry.name.endswith(SUFFIX):
                 entries.append((state.st_mtime_ns, entry.name, state.st_size))
+            elif entry.name.endswith(PARTIAL) and time.time() - state.st_mtime > STALE_SECONDS:
+                Path(entry.path).unlink(missing_ok=True)
         used = size + sum(entry[2] for entry in entries)
         for _, name, taken in sorted(entries) if used > self.limit else ():
             if used <= self.limit:
