@@ -22,12 +22,13 @@ from submitit.helpers import DelayedSubmission, clean_env
 
 from dino_depth.errors import ConfigError, Interrupted, ReportedError
 
-__all__ = ["Resumable", "SubmitConfig", "minutes", "outcome", "queued", "require_slurm", "submit"]
+__all__ = ["Resumable", "SubmitConfig", "cancel", "minutes", "outcome", "queued", "require_slurm", "submit"]
 
 # A job that has reached its time limit this often makes no progress in it.
 MOST_TIMEOUTS = 20
 SIGNAL_SECONDS = 60
-OURS = {"array", "dependency", "error", "job-name", "open-mode", "output", "requeue", "signal"}
+OURS = {"array", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "ntasks-per-node", "open-mode",
+        "output", "requeue", "signal"}  # fmt: skip
 
 
 @dataclass
@@ -36,24 +37,35 @@ class SubmitConfig:
 
     Attributes:
         tasks: jobs of the array among which the work is dealt.
-        cpus_per_task: cores of each, and with them its processes.
-        gpus_per_task: GPUs of each.
+        nodes: nodes of a pretraining.
+        gpus_per_node: GPUs on each of them, with a process for each; 0 pretrains on CPUs, one process a node.
+        cpus_per_task: cores of each job of an array, and with them its processes, or of each process of a pretraining;
+            0 means 1, and ``data.workers`` more for a pretraining.
+        gpus_per_task: GPUs of each job of an array.
         time: limit of each, as Slurm writes it: minutes, h:mm:ss or d-hh:mm:ss. A job that reaches it is requeued and
             goes on.
         partition: where to run; empty: the cluster's default.
         account: whom to charge; empty: the cluster's default.
         constraint: features that a node must have.
+        container: options of the pyxis plug-in without their ``--container-``, such as
+            ``{image: /images/depth.sqsh, mounts: "/data:/data"}``; the jobs' commands then run in that container.
+        python: how the nodes, or the container, start Python, such as ``apptainer exec --nv depth.sif python3``; empty:
+            the interpreter that runs this command.
         sbatch: any other option of sbatch, such as ``{mem: 16G, qos: long, exclusive: true}``.
         wait: stay until the last job has ended, show progress, and end with its exit code.
     """
 
     tasks: int = 1
-    cpus_per_task: int = 1
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_task: int = 0
     gpus_per_task: int = 0
     time: str = "1:00:00"
     partition: str = ""
     account: str = ""
     constraint: str = ""
+    container: dict[str, bool | int | str] = field(default_factory=dict)
+    python: str = ""
     sbatch: dict[str, bool | int | str] = field(default_factory=dict)
     wait: bool = False
 
@@ -98,10 +110,13 @@ def require_slurm(config: SubmitConfig):
         ConfigError: a value is out of range, or ``sbatch`` sets what is set here.
         ReportedError: Slurm's commands are missing or their controller does not answer.
     """
-    for key, least in (("tasks", 1), ("cpus_per_task", 1), ("gpus_per_task", 0)):
+    counts = {"tasks": 1, "nodes": 1, "gpus_per_node": 0, "cpus_per_task": 0, "gpus_per_task": 0}
+    for key, least in counts.items():
         if getattr(config, key) < least:
             raise ConfigError(f"{key} must be {least} or more, got {getattr(config, key)}")
     minutes(config.time)
+    if config.container and "image" not in config.container:
+        raise ConfigError(f"container needs an image, got {', '.join(config.container)}")
     if taken := sorted(OURS & {key.replace("_", "-") for key in config.sbatch}):
         raise ConfigError(f"sbatch.{taken[0]} is set by submit itself: leave it out")
     _slurm("sinfo", "--noheader")
@@ -128,27 +143,39 @@ def minutes(time: str) -> int:
 
 
 def submit(
-    config: SubmitConfig, logs: Path, name: str, calls: Sequence[Resumable], gpus: int = 0, after: str = ""
+    config: SubmitConfig,
+    logs: Path,
+    name: str,
+    calls: Sequence[Callable[[], Any]],
+    gpus: int = 0,
+    after: str = "",
+    only_if_done: bool = False,
+    **parameters: Any,
 ) -> str:
     """Submits the calls as one job array, or one call as a job, and returns its id.
 
     Args:
         logs: folder of submitit's files and of the jobs' output, on a file system that the nodes share.
-        after: id of the job or array that must end first, however it ends.
+        after: id of the job or array that must end first.
+        only_if_done: it must also succeed, or these jobs are cancelled.
+        parameters: submitit's own, where a job is not one process on one node.
 
     Raises:
         ReportedError: what Slurm says against it.
     """
     executor = submitit.SlurmExecutor(logs, max_num_timeout=MOST_TIMEOUTS)
     optional = {key: getattr(config, key) for key in ("partition", "account", "constraint") if getattr(config, key)}
+    cores = config.cpus_per_task or 1
+    step = [f"--cpus-per-task={cores}", *parameters.pop("srun_args", []), *_container(config)]
     if gpus:
         optional["gpus_per_node"] = gpus
     if after:
-        optional["dependency"] = f"afterany:{after}"
+        optional["dependency"] = f"{'afterok' if only_if_done else 'afterany'}:{after}"
+    optional |= {"nodes": 1, "ntasks_per_node": 1} | parameters
+    additional = {**config.sbatch, "requeue": True, "kill_on_invalid_dep": "yes"}
     executor.update_parameters(
-        job_name=name, nodes=1, ntasks_per_node=1, cpus_per_task=config.cpus_per_task, time=minutes(config.time),
-        srun_args=[f"--cpus-per-task={config.cpus_per_task}"], signal_delay_s=SIGNAL_SECONDS,
-        array_parallelism=len(calls), additional_parameters={**config.sbatch, "requeue": True}, **optional,
+        job_name=name, cpus_per_task=cores, time=minutes(config.time), srun_args=step, signal_delay_s=SIGNAL_SECONDS,
+        array_parallelism=len(calls), additional_parameters=additional, **optional,
     )  # fmt: skip
     # clean_env forgets where this Slurm's configuration is, too.
     kept = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
@@ -161,10 +188,23 @@ def submit(
     return jobs[0].job_id.partition("_")[0]
 
 
+def _container(config: SubmitConfig) -> list[str]:
+    """What ``srun`` is told of the container, and of Python in it."""
+    options = ((f"--container-{key.replace('_', '-')}", value) for key, value in config.container.items())
+    told = [name if value is True else f"{name}={value}" for name, value in options if value is not False]
+    # submitit has an option for this, which it forgets in arrays: so its own interpreter is dropped here.
+    return [*told, "sh", "-c", f'shift; exec {config.python} "$@"', "sh"] if config.python else told
+
+
 def queued(jobs: Sequence[str]) -> list[str]:
     """Those of the jobs that have not ended."""
     waiting = set(_slurm("squeue", "--noheader", "--format=%F").split())
     return [job for job in jobs if job in waiting]
+
+
+def cancel(jobs: Sequence[str]):
+    """Ends jobs, whatever state they are in."""
+    _slurm("scancel", *jobs)
 
 
 def outcome(job: str) -> tuple[str, int] | None:

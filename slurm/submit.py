@@ -14,7 +14,15 @@ from dino_depth.slurm.jobs import SubmitConfig
 __all__ = ["main"]
 
 # Each module defines ``submit(config, arguments)``.
-COMMANDS = {"prep": "dino_depth.slurm.prep"}
+COMMANDS = {
+    "prep": "dino_depth.slurm.prep",
+    "pretrain": "dino_depth.slurm.pretrain",
+    "export": "dino_depth.slurm.export",
+    "evaluate": "dino_depth.slurm.evaluate",
+    "chain": "dino_depth.slurm.chain",
+}
+# What a job array has, and what one job of many processes has; a chain has both.
+ARRAY, MANY = ("tasks", "gpus_per_task"), ("nodes", "gpus_per_node")
 SWITCHES = ("--help", "-h", "--print_config", "--wait")
 
 
@@ -32,7 +40,17 @@ def main(arguments: list[str]):
     if rest[0] not in COMMANDS:
         known = list(COMMANDS)
         raise ConfigError(f"submit cannot run {rest[0]!r}{suggestion(rest[0], known)} (it can: {', '.join(known)})")
+    if rest[0] != "chain":
+        _refuse(config, ARRAY if rest[0] == "pretrain" else MANY, rest[0])
     import_module(COMMANDS[rest[0]]).submit(config, rest[1:])
+
+
+def _refuse(config: SubmitConfig, options: tuple[str, ...], command: str):
+    """Refuses options that mean nothing to a command, rather than run it without what they ask for."""
+    for key in options:
+        if getattr(config, key) != getattr(SubmitConfig(), key):
+            instead = "nodes and gpus_per_node" if command == "pretrain" else "tasks and gpus_per_task"
+            raise ConfigError(f"{key} means nothing to {command}: it takes {instead}")
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -1,8 +1,8 @@
 """A real Slurm of two nodes on this machine, for tests: its own configuration, ports, key and munge, no accounting.
 
-Both nodes are this machine, so they share its cores and files. Traps: a requeued job waits for ``cred_expire`` and one
-second more, and less than 5 is not accepted; a Unix socket's path must be short; munge refuses a socket below a folder
-that others may write, and a key that others may read.
+Both nodes are this machine, so they share its cores and files; their GPUs exist in Slurm's books only. Traps: a
+requeued job waits for ``cred_expire`` and one second more, and less than 5 is not accepted; a Unix socket's path must
+be short; munge refuses a socket below a folder that others may write, and a key that others may read.
 """
 
 import os
@@ -52,8 +52,9 @@ ReturnToService=2
 JobRequeue=0
 KillWait=5
 PropagateResourceLimits=NONE
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=2000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=2000
+GresTypes=gpu
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=2000 Gres=gpu:2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=2000 Gres=gpu:2
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -97,6 +98,9 @@ def _configure(folder: Path):
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
         ports = [listener.getsockname()[1] for listener in listeners]
     host = socket.gethostname().partition(".")[0]
+    (folder / "gres.conf").write_text(
+        "NodeName=n[1-2] Name=gpu File=/dev/null\nNodeName=n[1-2] Name=gpu File=/dev/zero\n"
+    )
     (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, folder=folder, ports=ports))
 
 

@@ -257,7 +257,7 @@ def test_who_stops_waiting_stops_no_job(raw, tmp_path, fake_slurm, monkeypatch):
         raise KeyboardInterrupt
 
     (fake_slurm / "queue").write_text("2")
-    monkeypatch.setattr(prep.time, "sleep", interrupt)
+    monkeypatch.setattr(time, "sleep", interrupt)
     with pytest.raises(Interrupted, match="the jobs go on: squeue --jobs=2"):
         main(["--wait", "prep", "folder", "--root", str(raw), "--out", f"{tmp_path}/out"])
 

@@ -29,7 +29,7 @@ from dino_depth.pretrain.student_teacher import Batch, Networks, Student, teache
 from dino_depth.progress import Progress, peak_memory
 from dino_depth.vit import probe_attention
 
-__all__ = ["make_loader", "pretrain"]
+__all__ = ["check_settings", "make_loader", "pretrain"]
 
 # Ctrl-C, the end of an allocation or a preemption, and what Slurm and submitit send before a time limit.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -115,9 +115,9 @@ def _next(loader) -> list[torch.Tensor]:
 
 
 def _quiet_worker(_):
-    # Ctrl-C reaches the whole process group; the training process decides when its workers end.
+    # Ctrl-C and Slurm's signals reach every process; the training process decides when its workers end.
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(shards: DepthShards, config: PretrainConfig, first_step: int, device: torch.device):
@@ -133,23 +133,33 @@ def make_loader(shards: DepthShards, config: PretrainConfig, first_step: int, de
     )
 
 
-def _check(config: PretrainConfig, shards: DepthShards, device: torch.device):
-    train, ranks = config.train, distributed.world_size()
+def check_settings(config: PretrainConfig, ranks: int, shards: DepthShards | None = None):
+    """Refuses what cannot work on any machine; without ``shards``, what shows before they are there.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    train = config.train
     if train.steps < 1 or train.batch < 1 or train.accumulate < 1 or train.keep < 1 or train.checkpoint_every < 1:
         raise ConfigError("train.steps, batch, accumulate, keep and checkpoint_every must be at least 1")
+    if not train.timeout > 0:
+        raise ConfigError(f"train.timeout must be above 0 seconds, got {train.timeout}")
     if train.batch % (train.accumulate * ranks):
         raise ConfigError(
             f"train.batch {train.batch} must divide by train.accumulate {train.accumulate} times {ranks} processes"
         )
     if train.batch // (train.accumulate * ranks) < 2 and config.loss.koleo_weight:
         raise ConfigError("KoLeo needs at least 2 maps per pass and process: raise train.batch or lower accumulate")
-    if (count := _order(shards, config).count) < train.batch:
+    if shards and (count := _order(shards, config).count) < train.batch:
         raise ConfigError(f"{config.data.shards}: {count} samples are too few for train.batch {train.batch}")
     check_crops(config.crops)
     for name in ("global_size", "local_size"):
         if getattr(config.crops, name) % config.model.patch_size:
             raise ConfigError(f"crops.{name} must be a multiple of model.patch_size {config.model.patch_size}")
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+
+
+def _check_attention(config: PretrainConfig, device: torch.device):
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     if reason := probe_attention(config.model.attention, device.type, dtype):
         raise ConfigError(f"model.attention {config.model.attention} does not work here: {reason}")
 
@@ -185,7 +195,8 @@ def pretrain(config: PretrainConfig):
 
 def _run(config: PretrainConfig, device: torch.device, closing: contextlib.ExitStack):
     shards = DepthShards.configured(config.data)
-    _check(config, shards, device)
+    check_settings(config, distributed.world_size(), shards)
+    _check_attention(config, device)
     torch.manual_seed(config.train.seed)
     student = Networks(config).to(device)
     teacher = Networks(config).to(device).requires_grad_(False)
