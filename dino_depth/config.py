@@ -35,6 +35,7 @@ class DataConfig:
         splits: splits to train on; empty means all of them (the paper's split A counts every split).
         workers: data-loading processes; 0 decodes in the training process.
         resident: keep every decoded map in memory (16 bits a pixel), shared by the workers.
+        on_device: keep every normalised map on the training device instead (16 bits a pixel), and make the crops there.
         mixing: relative weight of each dataset; empty means by size, so that an epoch sees every map exactly once.
         one_per_group: an epoch sees one map of each scene, in turn; off, as the paper's splits count every map.
         normalization: how depth becomes the network's input.
@@ -46,6 +47,7 @@ class DataConfig:
     splits: list[str] = field(default_factory=list)
     workers: int = 8
     resident: bool = False
+    on_device: bool = False
     mixing: dict[str, float] = field(default_factory=dict)
     one_per_group: bool = False
     normalization: Normalization = field(default_factory=Normalization)
@@ -210,6 +212,7 @@ class TrainConfig:
         batch: maps per step over all processes.
         accumulate: backward passes per step; ``batch`` must divide by it times the number of processes.
         precision: of matrix products: ``bf16`` (autocast; float32 on CPUs without bfloat16 units) or ``fp32``.
+        compile: fuse what lies between matrix products with torch.compile, which takes a minute or two at the start.
         seed: of everything random.
         checkpoint_every: steps between checkpoints.
         keep: checkpoints kept.
@@ -227,6 +230,7 @@ class TrainConfig:
     batch: int = 128
     accumulate: int = 1
     precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = False
     seed: int = 0
     checkpoint_every: int = 1250
     keep: int = 3

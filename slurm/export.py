@@ -63,7 +63,7 @@ def _everywhere(config: ExportConfig) -> ExportConfig:
         config,
         run=absolute(config.run),
         out=absolute(config.out),
-        checkpoint=config.checkpoint and absolute(config.checkpoint),
+        checkpoint=absolute(config.checkpoint) if Path(config.checkpoint).is_file() else config.checkpoint,
         shards=shards,
     )
 

@@ -2,23 +2,26 @@ import dataclasses
 import io
 import json
 import math
+import runpy
 import socket
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, Dinov2Model
 
 import dino_depth
 from dino_depth.config import CropConfig, DataConfig, ModelConfig, PretrainConfig, save_config
 from dino_depth.depth import DepthMap, Normalization, encode_png
-from dino_depth.encoder import from_transformers, load_encoder, to_transformers
+from dino_depth.encoder import load_encoder
 from dino_depth.errors import ConfigError, DataError, GateError, ReportedError
 from dino_depth.pretrain import checkpoint, model_folders
 from dino_depth.pretrain import export as export_module
@@ -27,6 +30,7 @@ from dino_depth.pretrain.model_card import training_data
 from dino_depth.pretrain.parity import compare, worst
 from dino_depth.pretrain.shards import DepthShards
 from dino_depth.vit import DepthTransformer, resize_position_embedding
+from dino_depth.weight_names import from_transformers, to_transformers
 
 SIZE = 112
 TINY = ModelConfig(dim=128, depth=4, heads=2, layer_scale=1.0)
@@ -59,7 +63,7 @@ def write_shards(folder, maps=5, licence="Example, CC BY-NC-SA 4.0 (non-commerci
 
 def write_run(folder, shards, model=TINY, step=7, spoil=None):
     """A run folder whose teacher has no two equal parameters, so that a swapped pair changes features."""
-    crops = CropConfig(global_size=56, local_size=28)
+    crops = CropConfig(global_size=4 * model.patch_size, local_size=2 * model.patch_size)
     normalization = Normalization(method="plane", scale=0.07)
     data = DataConfig(shards=str(shards), normalization=normalization)
     (folder / "checkpoints").mkdir(parents=True)
@@ -217,9 +221,9 @@ def test_transformers_equals_the_written_out_model_in_float64(exported, run, ima
 def test_every_parameter_is_mapped_once(exported, run):
     backbone = checkpoint.load_run_encoder(run).backbone
     weights = backbone.state_dict()
-    pieces = to_transformers(weights, depth=4)
+    pieces = to_transformers(weights, TINY)
     assert sum(piece.numel() for piece in pieces.values()) == sum(weight.numel() for weight in weights.values())
-    back = from_transformers(pieces, depth=4)
+    back = from_transformers(pieces, TINY)
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)
 
@@ -235,15 +239,60 @@ def test_every_parameter_is_mapped_once(exported, run):
 @pytest.mark.parametrize("change", ["missing", "unknown"])
 def test_mapping_is_strict(run, change):
     weights = dict(checkpoint.load_run_encoder(run).backbone.state_dict())
-    pieces = to_transformers(weights, depth=4)
+    pieces = to_transformers(weights, TINY)
     if change == "missing":
         del weights["blocks.3.ls2.gamma"], pieces["encoder.layer.3.layer_scale2.lambda1"]
     else:
         weights["register_token"] = pieces["embeddings.register_tokens"] = torch.zeros(1, 4, 128)
     with pytest.raises(ValueError, match="ls2.gamma|register_token"):
-        to_transformers(weights, depth=4)
+        to_transformers(weights, TINY)
     with pytest.raises(ValueError, match="scale2|register_token"):
-        from_transformers(pieces, depth=4)
+        from_transformers(pieces, TINY)
+
+
+ARCHITECTURES = {
+    "Dinov2WithRegistersModel": dataclasses.replace(TINY, registers=3),
+    "DINOv3ViTModel": dataclasses.replace(TINY, positions="rotary"),
+    "DINOv3ViTModel with registers": dataclasses.replace(TINY, positions="rotary", registers=2, patch_size=16),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_other_architectures_pass_the_gate_and_load_back(kind, shards, tmp_path):
+    sizes = ARCHITECTURES[kind]
+    run, out = write_run(tmp_path / "run", shards, sizes), tmp_path / "out"
+    side = 8 * sizes.patch_size
+    export(ExportConfig(run=str(run), out=str(out), image_size=side, samples=2, torch_export=True))
+    report = json.loads((out / "parity.json").read_text())
+    assert report["passed"] and report["pairs"]["training - torch_export"]["patch"]["max_abs"] <= 1e-5
+    theirs, ours = checkpoint.load_run_encoder(run), load_encoder(out)
+    images = torch.stack([theirs.prepare(DepthShards(str(shards)).sample(index)[0], side) for index in (0, 3)])
+    class_feature, patch_features = ours(images)
+    assert patch_features.shape == (2, 8, 8, 128) and ours.backbone.config.registers == sizes.registers
+    for feature, other in zip((class_feature, patch_features), theirs(images), strict=True):
+        torch.testing.assert_close(feature, other, atol=1e-5, rtol=0)
+    model = AutoModel.from_pretrained(out / "transformers")
+    assert type(model).__name__ == kind.split()[0]
+    small = images[..., ::2, :]  # off the exported grid these architectures are resized alike everywhere
+    with torch.inference_mode():
+        tokens = model(pixel_values=images).last_hidden_state
+        off_grid = model(pixel_values=small).last_hidden_state
+        by_timm = timm.create_model(f"local-dir:{out / 'timm'}", pretrained=True).eval()
+        torch.testing.assert_close(by_timm(images), class_feature, atol=1e-5, rtol=0)
+        torch.testing.assert_close(by_timm.forward_features(small), off_grid, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens[:, 1 + sizes.registers :].unflatten(1, (8, 8)), patch_features, atol=1e-5, rtol=0)
+    torch.testing.assert_close(off_grid, ours.backbone.forward_features(small), atol=1e-5, rtol=0)
+    weights = theirs.backbone.state_dict()
+    pieces = to_transformers(weights, sizes)
+    back = from_transformers(pieces, sizes)
+    assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
+    assert load_file(out / "transformers" / "model.safetensors").keys() == pieces.keys()
+    loaded = torch.export.load(out / "torch_export" / "model.pt2").module()
+    for batch in (images[:1], images.repeat(2, 1, 1, 1)):
+        torch.testing.assert_close(loaded(batch)[0], tokens.repeat(2, 1, 1)[: len(batch)], atol=1e-5, rtol=0)
+    card = (out / "transformers" / "README.md").read_text()
+    assert f"(1, {1 + sizes.registers} + patches, 128)" in card
+    assert ("rotary and fit every size" in card) == (sizes.positions == "rotary")
 
 
 def swapped(pieces):
@@ -416,20 +465,28 @@ def test_image_processor_passes_depth_through(exported, images):
     assert torch.equal(values, images)
 
 
-def test_onnx(shards, images, tmp_path):
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_onnx_and_torch_export_at_896_with_any_batch(positions, shards, tmp_path):
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-    run = write_run(tmp_path / "run", shards, dataclasses.replace(TINY, depth=1))
-    out = tmp_path / "out"
-    export(ExportConfig(run=str(run), out=str(out), image_size=SIZE, samples=1, onnx=True))
-    expected = checkpoint.load_run_encoder(run).backbone.forward_features(images)
-    assert json.loads((out / "parity.json").read_text())["pairs"]["training - onnx"]["patch"]["max_abs"] <= 1e-5
+    sizes = ModelConfig(dim=32, depth=2, heads=1, layer_scale=1.0, positions=positions)
+    run, out = write_run(tmp_path / "run", shards, sizes), tmp_path / "out"
+    export(ExportConfig(run=str(run), out=str(out), samples=1, onnx=True, torch_export=True))
+    report = json.loads((out / "parity.json").read_text())
+    assert report["image_size"] == 896
+    for kind in ("onnx", "torch_export"):
+        assert report["pairs"][f"training - {kind}"]["patch"]["max_abs"] <= 1e-5
+    encoder = checkpoint.load_run_encoder(run)
+    images = torch.stack([encoder.prepare(DepthShards(str(shards)).sample(index)[0], 896) for index in (0, 3)])
+    expected = encoder.backbone.forward_features(images)
     session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
-    for batch in (images[:1], images, images.repeat(2, 1, 1, 1)):
-        tokens, pooled = session.run(None, {"pixel_values": batch.numpy()})
-        wanted = expected.repeat(2, 1, 1)[: len(batch)]
-        np.testing.assert_allclose(tokens, wanted, atol=1e-5, rtol=0)
-        np.testing.assert_allclose(pooled, wanted[:, 0], atol=1e-5, rtol=0)
+    program = torch.export.load(out / "torch_export" / "model.pt2").module()
+    for count in (1, 2):
+        with torch.inference_mode():
+            results = [session.run(None, {"pixel_values": images[:count].numpy()}), program(images[:count])]
+        for tokens, pooled in results:
+            np.testing.assert_allclose(tokens, expected[:count], atol=1e-5, rtol=0)
+            np.testing.assert_allclose(pooled, expected[:count, 0], atol=1e-5, rtol=0)
 
 
 def test_onnx_without_its_packages(run, monkeypatch, tmp_path):
@@ -496,10 +553,11 @@ def test_push_sends_each_folder_to_its_repository(run, monkeypatch, tmp_path):
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     arguments = ExportConfig(run=str(run), out=str(tmp_path / "out"), image_size=56, samples=1)
-    export(dataclasses.replace(arguments, push_to_hub="me/depth", private=True))
+    export(dataclasses.replace(arguments, push_to_hub="me/depth", private=True, torch_export=True))
     assert calls == [
         ("me/depth", True, True), ("me/depth", "transformers", ".", True),
         ("me/depth-timm", True, True), ("me/depth-timm", "timm", ".", True),
+        ("me/depth", True, True), ("me/depth", "torch_export", "torch_export", False),
     ]  # fmt: skip
     assert 'load_encoder("me/depth")' in (tmp_path / "out" / "transformers" / "README.md").read_text()
     assert '"hf-hub:me/depth-timm"' in (tmp_path / "out" / "timm" / "README.md").read_text()
@@ -535,7 +593,9 @@ def copy_export(exported, folder, change=None, weights=None):
         (lambda config: config.pop("dino_depth"), "no key 'dino_depth'"),
         (lambda config: config.update(num_channels=3), "num_channels is 3"),
         (lambda config: config.update(use_swiglu_ffn=True), "use_swiglu_ffn"),
-        (lambda config: config.update(image_size="112"), "image_size must be a positive integer"),
+        (lambda config: config.update(image_size="112"), "image_size must be an integer from 1"),
+        (lambda config: config.update(model_type="vit"), "model_type is 'vit', none of dinov2, "),
+        (lambda config: config["dino_depth"].pop("step"), "dino_depth lacks"),
         (lambda config: config["dino_depth"]["normalization"].pop("scale"), "normalization has keys"),
         (lambda config: config["dino_depth"]["normalization"].update(method="mean"), "method cannot be 'mean'"),
         (lambda config: config["dino_depth"]["normalization"].update(scale="1"), "scale cannot be '1'"),
@@ -564,7 +624,7 @@ def test_load_encoder_names_what_is_broken(exported, run, tmp_path, monkeypatch)
         load_encoder(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="no config.json in it"):
         load_encoder(run)
-    with pytest.raises(ConfigError, match="no key 'dino_depth'"):
+    with pytest.raises(ConfigError, match="model_type is None"):
         load_encoder(exported / "timm")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ReportedError, match="neither a folder nor a readable Hub repository") as caught:
@@ -575,3 +635,19 @@ def test_load_encoder_names_what_is_broken(exported, run, tmp_path, monkeypatch)
 def test_importing_the_package_is_light():
     script = "import sys, dino_depth; assert 'load_encoder' in dino_depth.__all__; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_example_runs(exported, tmp_path, monkeypatch, capsys):
+    script = Path(__file__).parents[1] / "docs" / "examples" / "features.py"
+    depth = np.full((50, 40), 0.6)
+    depth[10:30, 10:25], depth[40:] = 0.5, 0
+    np.save(tmp_path / "depth.npy", depth)
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], ["depth.npy", "mine.png"]):
+        monkeypatch.setattr(sys, "argv", [str(script), str(exported), *arguments])
+        runpy.run_path(str(script))
+        assert "class feature (1, 128), patch features (1, 8, 8, 128)" in capsys.readouterr().out
+    for name in ("features.png", "mine.png"):
+        picture = np.asarray(Image.open(tmp_path / name))
+        assert picture.shape == (SIZE, SIZE, 3) and picture.std() > 20
+    assert not picture[-14:].any()  # rows without depth, of which nothing is shown

@@ -14,7 +14,7 @@ from torch import nn
 
 from dino_depth.config import CropConfig, DataConfig, ModelConfig, PretrainConfig, TrainConfig, save_config
 from dino_depth.depth import DepthMap, Normalization, encode_png
-from dino_depth.encoder import ARCHITECTURE, Encoder, to_transformers
+from dino_depth.encoder import ARCHITECTURES, Encoder
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.pretrain import checkpoint, readout
 from dino_depth.pretrain.probe import (
@@ -30,6 +30,7 @@ from dino_depth.pretrain.readout import FIGURES, Moments, bootstrap, fit_ridge, 
 from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.surface import FOCAL, SHARPEST, WINDOW, patch_geometry, surface
 from dino_depth.vit import DepthTransformer
+from dino_depth.weight_names import to_transformers
 
 MODEL = ModelConfig(patch_size=14, dim=32, depth=2, heads=2, drop_path=0.0, layer_scale=1.0, initialization="xavier")
 SIZE = 56
@@ -444,11 +445,17 @@ def test_probe_of_a_run_writes_its_result(folder, tmp_path, capsys, splits):
 def test_an_export_is_probed_beside_a_new_network(tmp_path):
     torch.manual_seed(3)
     weights = DepthTransformer(MODEL, SIZE).state_dict()
-    config = ARCHITECTURE | {"patch_size": 14, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ARCHITECTURES["dinov2"] | {
+        "model_type": "dinov2",
+        "patch_size": 14,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config |= {"layerscale_value": 1.0, "image_size": SIZE}
     config["dino_depth"] = {"step": 7, "normalization": asdict(Normalization("minmax"))}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(to_transformers(weights, 2), tmp_path / "model.safetensors")
+    save_file(to_transformers(weights, MODEL), tmp_path / "model.safetensors")
     trained, twin = load_with_twin(str(tmp_path), 4, 28)
     assert all(torch.equal(value, weights[key]) for key, value in trained.backbone.state_dict().items())
     assert twin.backbone.pos_embed.shape == (1, 5, 32) and twin.normalization == trained.normalization
@@ -509,3 +516,44 @@ def test_output_that_cannot_be_written(folder, tmp_path):
         probe(ProbeConfig(str(run), folder, str(tmp_path / "file" / "probe.json"), bootstrap=5, device="cpu"))
     with pytest.raises(ConfigError, match="neighbours"):
         probe(ProbeConfig(str(run), folder, neighbours=0))
+
+
+def test_one_checkpoint_of_a_run_alone(folder, tmp_path, capsys):
+    """``RUN/checkpoints/x.pt`` is measured, not the newest; without baselines its figures are the same."""
+    run = make_run(tmp_path / "run", folder)
+    torch.manual_seed(11)
+    older = {"backbone." + key: value for key, value in DepthTransformer(MODEL, SIZE).state_dict().items()}
+    path = run / "checkpoints" / "best.pt"
+    checkpoint.save({"step": 1, "teacher": older}, path)
+    full = probe(ProbeConfig(str(path), folder, bootstrap=20, device="cpu"))
+    assert full["encoder"] == "run, step 1" and full["queries_seen_in_training"] == 0
+    assert full["figures"] != probe(ProbeConfig(str(run), folder, bootstrap=20, device="cpu"))["figures"]
+    capsys.readouterr()
+    alone = probe(ProbeConfig(str(path), folder, bootstrap=20, baselines=False, device="cpu"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and max(map(len, lines[3:])) <= 42 and "random" not in lines[3]
+    assert alone["beside"] is None
+    for name in FIGURES:
+        assert alone["figures"][name] == {"trained": full["figures"][name]["trained"]}
+    lost = tmp_path / "lost.pt"
+    lost.write_bytes(path.read_bytes())
+    with pytest.raises(ConfigError, match=r"lost\.pt: no file of a run folder"):
+        probe(ProbeConfig(str(lost), folder))
+
+
+@pytest.mark.parametrize("size", [28, 112])
+def test_all_are_measured_at_the_size_asked_for(folder, tmp_path, size):
+    """A run's positions are resized; the figures are those of features collected at that size."""
+    run = make_run(tmp_path / "run", folder)
+    result = probe(ProbeConfig(str(run), folder, bootstrap=20, device="cpu", size=size, neighbours=3))
+    trained, _ = load_with_twin(str(run))
+    shards = DepthShards(folder)
+    split = np.array([entry.meta["split"] for entry in shards.entries])
+    kept, asked = (collect_features(trained, shards, np.flatnonzero(split == name), size) for name in ("train", "test"))
+    assert kept["patches"].shape == (24, size // 14, size // 14, 32)
+    labels = torch.tensor(
+        [CATEGORIES.index(shards.entries[i].meta["category"]) for i in np.flatnonzero(split == "train")]
+    )
+    voted = knn(kept["classes"], labels, asked["classes"], 3, 3)  # the query maps come in the same order
+    assert result["figures"]["knn_class"]["trained"]["value"] == pytest.approx((voted == labels).double().mean())
+    assert result["size"] == size and result["patches"]["query"] <= 24 * (size // 14) ** 2

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 
 import pytest
 from PIL import Image
@@ -13,8 +14,10 @@ from test_probe import make_run, write_shards
 
 from dino_depth.config import PretrainConfig
 from dino_depth.errors import ConfigError, DataError
+from dino_depth.pretrain.in_loop import find_best
 from dino_depth.pretrain.probe import ProbeConfig, probe
-from dino_depth.pretrain.report import Chart, charts, read_metrics, write_report
+from dino_depth.pretrain.readout import FIGURES
+from dino_depth.pretrain.report import Chart, charts, evaluation_charts, read_metrics, write_report
 
 CATEGORIES = ("bump", "dent", "tilt", "<b>&bold")
 PARITY = {
@@ -171,3 +174,40 @@ def test_long_runs_are_thinned_to_their_ends():
     chart = charts(rows, PretrainConfig())["lr"][0]
     assert chart.path.count("L") < 420
     assert chart.path.endswith(f"{float(Chart.WIDTH)} {chart.ticks[0][0]}")
+
+
+def evaluation(**values: float) -> dict:
+    named = dict.fromkeys(FIGURES, 0.5) | values
+    return {"figures": {name: {"trained": {"value": v, "low": v - 0.1, "high": v + 0.1}} for name, v in named.items()}}
+
+
+def test_probes_during_training_are_a_curve_with_the_best_marked(finished, tmp_path):
+    run, folder, _ = finished
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    (copied / "evaluations").mkdir()
+    curve = {0: 0.1, 10: 0.437, 20: None, 30: 0.2}
+    for step, value in curve.items():
+        result = {"error": "no features"} if value is None else evaluation(normal=value)
+        (copied / "evaluations" / f"step-{step:08d}.json").write_text(json.dumps(result))
+    write_report(copied, {}, folder, tmp_path / "report.html")
+    page = Checker((tmp_path / "report.html").read_text(encoding="utf-8"))
+    for expected in (
+        "Held-out maps during training", "at 4 steps", "step 10 (circled) with 0.437, 95 % from 0.337 to 0.537",
+        "Best by R² normal, mean", "Without result: step 20", "best step", "kNN, mean patch",
+    ):  # fmt: skip
+        assert expected in page.text, expected
+    assert page.text.count("best step") == 1
+
+
+def test_the_best_lies_on_its_curve():
+    results = {0: evaluation(curvature=0.1), 10: evaluation(curvature=0.4), 20: {"error": "x"}}
+    results |= {40: evaluation(curvature=0.2)}
+    drawn = evaluation_charts(results, find_best(results, "curvature"))
+    assert [chart.title for chart in drawn] == [title.replace("R2", "R²") for title in FIGURES.values()]
+    chart = drawn[list(FIGURES).index("curvature")]
+    height = Chart.HEIGHT * 0.06 / 1.12  # of the largest value: a margin of 6 % of the span either way
+    assert chart.mark == pytest.approx((Chart.WIDTH / 4, height), abs=0.1)
+    assert f"L{chart.mark[0]} {chart.mark[1]}L" in chart.path
+    assert all(other.mark is None for other in drawn if other is not chart)
+    assert evaluation_charts({}, None) == evaluation_charts({5: {"error": "x"}}, None) == []

@@ -1,13 +1,15 @@
 """Exports a run's teacher as folders that transformers, timm and :func:`dino_depth.load_encoder` load in one line.
 
-    OUT/transformers   Dinov2Model with one channel, model card, provenance
+    OUT/transformers   Dinov2Model with one channel, model card, provenance; Dinov2WithRegistersModel with registers,
+                       DINOv3ViTModel with rotary positions
     OUT/timm           the same weights under timm's names
     OUT/onnx           on request
+    OUT/torch_export   on request
     OUT/parity.json    how far they are from the training model on real maps
 
-The position embedding is resized once, here, to the grid the encoder is used at: off that grid every library resizes it
-differently, on it they agree to the last bit. Everything is written beside OUT and moved there in one step after the
-parity gate has passed.
+A learned position embedding is resized once, here, to the grid the encoder is used at: off that grid every library
+resizes it differently, on it they agree to the last bit. Everything is written beside OUT and moved there in one step
+after the parity gate has passed.
 """
 
 import os
@@ -26,8 +28,15 @@ from dino_depth.config import PretrainConfig, load_config
 from dino_depth.encoder import Encoder, load_encoder
 from dino_depth.errors import ConfigError, DataError, GateError, ReportedError
 from dino_depth.pretrain import checkpoint as checkpoints
+from dino_depth.pretrain.in_loop import choose_checkpoint
 from dino_depth.pretrain.model_card import Subject, TrainingData, license_text, training_data, write_json, write_papers
-from dino_depth.pretrain.model_folders import missing_onnx_packages, write_onnx, write_timm, write_transformers
+from dino_depth.pretrain.model_folders import (
+    missing_onnx_packages,
+    write_onnx,
+    write_timm,
+    write_torch_export,
+    write_transformers,
+)
 from dino_depth.pretrain.parity import Model, compare, worst
 from dino_depth.pretrain.run_folder import library_versions
 from dino_depth.pretrain.shards import DepthShards
@@ -44,12 +53,13 @@ class ExportConfig:
     Attributes:
         run: run folder.
         out: folder for the export; must be empty or new.
-        checkpoint: file to export; by default the run's newest.
+        checkpoint: ``last``, ``best`` (by the probes during training, see ``train.evaluate_every``), a step, or a file.
         image_size: side of the input the export is made for, pixels; the position embedding is stored at this size.
         shards: shard folder, or a list of them, with the maps of the parity gate; by default the run's.
         samples: maps the gate compares on, spread over the shards.
         tolerance: largest absolute difference of any class or patch feature that passes the gate.
         onnx: also write OUT/onnx/model.onnx, with any batch size.
+        torch_export: also write OUT/torch_export/model.pt2 for torch.export.load, with any batch size.
         push_to_hub: repository (owner/name) for the transformers folder; the timm folder goes to owner/name-timm.
         private: make those repositories private.
         license: Hub identifier of the weights' licence.
@@ -57,12 +67,13 @@ class ExportConfig:
 
     run: str
     out: str
-    checkpoint: str | None = None
+    checkpoint: str = "last"
     image_size: int = 896
     shards: str | list[str] = ""
     samples: int = 8
     tolerance: float = 1e-5
     onnx: bool = False
+    torch_export: bool = False
     push_to_hub: str | None = None
     private: bool = False
     license: str = "apache-2.0"
@@ -76,6 +87,7 @@ class _Teacher:
     config: PretrainConfig
     checkpoint: Path
     step: int
+    choice: dict
 
 
 def export(config: ExportConfig) -> None:
@@ -105,8 +117,9 @@ def export(config: ExportConfig) -> None:
                 f"tolerance {config.tolerance:.2e}"
             )
         subject = Subject(
-            teacher.config, teacher.step, config.image_size, config.license, data, parity, config.push_to_hub
-        )
+            teacher.config, teacher.step, config.image_size, config.license, data, parity, teacher.choice,
+            config.push_to_hub,
+        )  # fmt: skip
         write_papers(folder, subject, Path(config.run), teacher.checkpoint)
         (out / "parity.json").unlink(missing_ok=True)
         os.rename(folder, out)
@@ -155,15 +168,7 @@ def _read_teacher(config: ExportConfig) -> _Teacher:
     if config.image_size < patch_size or config.image_size % patch_size:
         near = max(1, round(config.image_size / patch_size)) * patch_size
         raise ConfigError(f"--image_size {config.image_size} is no multiple of the patch size {patch_size}; use {near}")
-    if config.checkpoint:
-        path = Path(config.checkpoint)
-        if not path.is_file():
-            raise ConfigError(f"--checkpoint {path}: no such file")
-    else:
-        found = checkpoints.checkpoints(run)
-        if not found:
-            raise ConfigError(f"{run}: no checkpoint yet")
-        path = found[-1]
+    path, choice = choose_checkpoint(run, config.checkpoint)
     state = checkpoints.load(path)
     backbone = DepthTransformer(run_config.model, run_config.crops.global_size)
     checkpoints.load_backbone(backbone, state["teacher"], path)
@@ -172,14 +177,15 @@ def _read_teacher(config: ExportConfig) -> _Teacher:
             raise GateError(f"{path}: weight {name} is not finite; nothing exported")
     name = f"{run.name}, step {state['step']}"
     encoder = Encoder(backbone, run_config.data.normalization, name, config.image_size)
-    return _Teacher(encoder, run_config, path, state["step"])
+    return _Teacher(encoder, run_config, path, state["step"], choice)
 
 
 def _deployed_weights(teacher: _Teacher, image_size: int) -> dict[str, Tensor]:
-    """The backbone's weights, with the position embedding at the deployment grid."""
+    """The backbone's weights, with a learned position embedding at the deployment grid."""
     weights = dict(teacher.encoder.backbone.state_dict())
     side = image_size // teacher.encoder.patch_size
-    weights["pos_embed"] = resize_position_embedding(weights["pos_embed"], (side, side))
+    if "pos_embed" in weights:
+        weights["pos_embed"] = resize_position_embedding(weights["pos_embed"], (side, side))
     return weights
 
 
@@ -229,6 +235,8 @@ def _write_models(folder: Path, teacher: _Teacher, weights: dict, config: Export
     }
     if config.onnx:
         models["onnx"] = write_onnx(folder / "onnx", transformers)
+    if config.torch_export:
+        models["torch_export"] = write_torch_export(folder / "torch_export", transformers)
     return models
 
 
@@ -267,8 +275,9 @@ def _push(config: ExportConfig, out: Path):
 
     hub = HfApi(library_name="dino-depth", library_version=__version__)
     uploads = [(config.push_to_hub, "transformers", "."), (f"{config.push_to_hub}-timm", "timm", ".")]
-    if config.onnx:
-        uploads.append((config.push_to_hub, "onnx", "onnx"))
+    for name, asked in (("onnx", config.onnx), ("torch_export", config.torch_export)):
+        if asked:
+            uploads.append((config.push_to_hub, name, name))
     for place, (repository, folder, target) in enumerate(uploads):
         try:
             hub.create_repo(repository, private=config.private, exist_ok=True)

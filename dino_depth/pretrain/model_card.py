@@ -53,6 +53,7 @@ class Subject:
         license: Hub identifier of the weights' licence.
         data: None where the training shards are not there any more.
         parity: the report that the gate passed with.
+        choice: why this checkpoint, as :func:`dino_depth.pretrain.in_loop.choose_checkpoint` says.
         repository: where on the Hub it goes, if anywhere.
     """
 
@@ -62,6 +63,7 @@ class Subject:
     license: str
     data: TrainingData | None
     parity: dict
+    choice: dict
     repository: str | None = None
 
 
@@ -133,6 +135,7 @@ def _provenance(run: Path, checkpoint: Path, subject: Subject, training_config: 
     return {
         "step": subject.step,
         "checkpoint": checkpoint.name,
+        "checkpoint_choice": subject.choice,
         "checkpoint_sha256": _sha256(checkpoint),
         "training_config_sha256": _sha256(training_config),
         "training_data": subject.data.rows if subject.data else "unknown",
@@ -191,14 +194,29 @@ def _write_card(folder: Path, library: str, subject: Subject):
 
 def _title(subject: Subject) -> str:
     model = subject.config.model
+    registers = f", {model.registers} registers" if model.registers else ""
     return f"""# DINO-Depth, ViT/{model.patch_size}, {model.dim} dimensions
 
 A depth encoder: a Vision Transformer with **one input channel** ({model.depth} blocks, {model.heads} heads, patches of
-{model.patch_size} pixels), pretrained on depth maps without labels by the DINOv2 recipe. It returns one class feature
-and one feature per patch. The weights are the EMA teacher after {subject.step} steps."""
+{model.patch_size} pixels, {model.positions} positions{registers}), pretrained on depth maps without labels by the
+DINOv2 recipe. It returns one class feature and one feature per patch. The weights are the EMA teacher after
+{subject.step} steps{_chosen(subject)}."""
+
+
+def _chosen(subject: Subject) -> str:
+    choice, length = subject.choice, subject.config.train.steps
+    if choice["criterion"] != "best":
+        return ""
+    found = f"{choice['value']:.3f}, 95 % from {choice['low']:.3f} to {choice['high']:.3f}"
+    return f""" of {length}: of {choice["evaluated"]} steps probed on held-out maps the best by
+{choice["metric"]} ({found}; the best of several is flattered by the choice)"""
 
 
 def _loading(library: str, subject: Subject) -> str:
+    model = subject.config.model
+    tokens = f"(1, {1 + model.registers} + patches, {model.dim}), class token first"
+    if model.registers:
+        tokens += ", then registers"
     if library == "timm":
         source = f"hf-hub:{subject.repository}-timm" if subject.repository else "local-dir:PATH/timm"
         return f"""## Load
@@ -207,11 +225,11 @@ def _loading(library: str, subject: Subject) -> str:
 import timm
 
 model = timm.create_model("{source}", pretrained=True).eval()
-tokens = model.forward_features(images)  # (batch, 1 + patches, {subject.config.model.dim}), class token first
+tokens = model.forward_features(image[None])  # {tokens}
 ```
 
-`images` is (batch, 1, {subject.image_size}, {subject.image_size}) float32 as described below. `forward_features` ends
-with the final norm; `forward_intermediates(norm=False)` does not."""
+`image` is (1, {subject.image_size}, {subject.image_size}) float32 as described below. `forward_features` ends with the
+final norm; `forward_intermediates(norm=False)` does not."""
     source = subject.repository or "PATH/transformers"
     return f"""## Load
 
@@ -230,7 +248,7 @@ The same features from transformers, without this project's code, given an image
 from transformers import AutoModel
 
 model = AutoModel.from_pretrained("{source}")
-tokens = model(pixel_values=image[None]).last_hidden_state  # (1, 1 + patches, {subject.config.model.dim})
+tokens = model(pixel_values=image[None]).last_hidden_state  # {tokens}
 ```"""
 
 
@@ -255,9 +273,16 @@ filled in. The input is (batch, 1, {subject.image_size}, {subject.image_size}) f
 `preprocessor_config.json` and timm's `mean`/`std` only pass an image through: they do **not** normalise depth. An image
 processor that converts to RGB, rescales by 255, subtracts ImageNet's mean or resizes bicubically gives wrong features.
 
-The position embedding is stored for {subject.image_size}x{subject.image_size} pixels. At other sizes it is resized
-again: timm and dino_depth still agree, transformers does it differently, and the features drift from those of the
-training model. Export anew for another size."""
+{_other_sizes(subject)}"""
+
+
+def _other_sizes(subject: Subject) -> str:
+    model, side = subject.config.model, subject.image_size
+    if model.positions == "rotary":
+        return "Positions are rotary and fit every size; the parity below was measured at this one."
+    agree = "the libraries still agree" if model.registers else "timm and dino_depth still agree, transformers differs"
+    return f"""The position embedding is stored for {side}x{side} pixels. At other sizes it is resized again: {agree},
+and the features drift from those of the training model. Export anew for another size."""
 
 
 def _training(subject: Subject) -> str:

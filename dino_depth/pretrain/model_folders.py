@@ -9,19 +9,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dino_depth.config import ModelConfig
-from dino_depth.encoder import to_transformers
 from dino_depth.errors import GateError
 from dino_depth.pretrain.parity import Model
+from dino_depth.rotary import BASE
+from dino_depth.weight_names import model_type, to_timm, to_transformers
 
-__all__ = ["missing_onnx_packages", "write_onnx", "write_timm", "write_transformers"]
+__all__ = ["missing_onnx_packages", "write_onnx", "write_timm", "write_torch_export", "write_transformers"]
 
 Weights = dict[str, Tensor]
+
+ARCHITECTURES = {
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "dinov3_vit": "DINOv3ViTModel",
+}
 
 
 def write_transformers(
     folder: Path, weights: Weights, sizes: ModelConfig, image_size: int, description: dict
 ) -> nn.Module:
-    """Writes a ``Dinov2Model`` with one channel and returns what ``AutoModel`` loads from it.
+    """Writes a model of transformers with one channel and returns what ``AutoModel`` loads from it.
 
     Args:
         weights: of a ``DepthTransformer``, the position embedding at the grid of ``image_size``.
@@ -30,13 +37,15 @@ def write_transformers(
     Raises:
         GateError: a tensor is missing, left over or of another shape when the folder is loaded.
     """
-    from transformers import AutoModel, Dinov2Config
+    from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
     folder.mkdir()
-    save_file(to_transformers(weights, sizes.depth), folder / "model.safetensors", metadata={"format": "pt"})
-    Dinov2Config(
-        architectures=["Dinov2Model"],
+    save_file(to_transformers(weights, sizes), folder / "model.safetensors", metadata={"format": "pt"})
+    kind = model_type(sizes)
+    AutoConfig.for_model(
+        kind,
+        architectures=[ARCHITECTURES[kind]],
         hidden_size=sizes.dim,
         num_hidden_layers=sizes.depth,
         num_attention_heads=sizes.heads,
@@ -44,8 +53,11 @@ def write_transformers(
         image_size=image_size,
         num_channels=1,
         layerscale_value=float(sizes.layer_scale),
+        layer_norm_eps=1e-6,
         dtype="float32",
         dino_depth=description,
+        **({} if kind == "dinov2" else {"num_register_tokens": sizes.registers}),
+        **({"intermediate_size": 4 * sizes.dim, "key_bias": True} if kind == "dinov3_vit" else {}),
     ).save_pretrained(folder)
     processor = {
         "image_processor_type": "BitImageProcessor",
@@ -79,11 +91,17 @@ def write_timm(folder: Path, weights: Weights, sizes: ModelConfig, image_size: i
     import timm
 
     folder.mkdir()
-    # timm has no mask token, and takes a file that holds one for Meta's.
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items() if name != "mask_token"}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(to_timm(weights, sizes), folder / "model.safetensors", metadata={"format": "pt"})
+    if sizes.positions == "rotary":
+        # Of timm's models with rotary positions, this one leaves the norms' epsilon at this project's 1e-6.
+        architecture, registers = "vit_base_patch16_rope_reg1_gap_256", "num_reg_tokens"
+        special = {"class_token": True, "global_pool": "token", "use_fc_norm": False, "attn_type": "rope"}
+        special |= {"rope_type": "dinov3", "rope_temperature": BASE, "rope_rotate_half": True}
+    else:
+        architecture, registers = "vit_small_patch14_dinov2", "reg_tokens"
+        special = {"no_embed_class": sizes.registers > 0}
     description = {
-        "architecture": "vit_small_patch14_dinov2",
+        "architecture": architecture,
         "num_classes": 0,
         "num_features": sizes.dim,
         "global_pool": "token",
@@ -96,6 +114,8 @@ def write_timm(folder: Path, weights: Weights, sizes: ModelConfig, image_size: i
             "num_heads": sizes.heads,
             "init_values": sizes.layer_scale,
             "dynamic_img_size": True,
+            registers: sizes.registers,
+            **special,
         },
         "pretrained_cfg": {
             "tag": "dino_depth",
@@ -138,7 +158,7 @@ class _Outputs(nn.Module):
 
 
 def write_onnx(folder: Path, model: nn.Module) -> Model:
-    """Writes ``model.onnx`` of a ``Dinov2Model``, for its size and any batch; returns what ONNX Runtime computes."""
+    """Writes ``model.onnx`` of a model of transformers, for its size and any batch; returns ONNX Runtime's version."""
     import onnxruntime
 
     folder.mkdir()
@@ -161,3 +181,18 @@ def write_onnx(folder: Path, model: nn.Module) -> Model:
         return torch.from_numpy(session.run(["last_hidden_state"], {"pixel_values": images.numpy()})[0])
 
     return run
+
+
+def write_torch_export(folder: Path, model: nn.Module) -> Model:
+    """Writes ``model.pt2`` of a model of transformers, for its size and any batch; returns the loaded program."""
+    folder.mkdir()
+    path = folder / "model.pt2"
+    side = model.config.image_size
+    program = torch.export.export(
+        _Outputs(model).eval(),
+        (torch.zeros(2, 1, side, side),),
+        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+    )
+    torch.export.save(program, path)
+    loaded = torch.export.load(path).module()
+    return lambda images: loaded(images)[0]

@@ -23,12 +23,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_depth.config import PretrainConfig, load_config
+from dino_depth.config import DataConfig, PretrainConfig, load_config
 from dino_depth.device import pick_device
 from dino_depth.encoder import Encoder
 from dino_depth.errors import ConfigError, DataError
-from dino_depth.pretrain.checkpoint import load_encoder_or_run, load_run_encoder
-from dino_depth.pretrain.readout import FIGURES, Moments, bootstrap, fit_ridge, knn, patch_sums, pca_colours, query_rows
+from dino_depth.pretrain import checkpoint
+from dino_depth.pretrain.readout import (
+    FIGURES,
+    Moments,
+    bootstrap,
+    demo_gate,
+    fit_ridge,
+    knn,
+    patch_sums,
+    pca_colours,
+    print_table,
+    query_rows,
+)
 from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.surface import patch_geometry
 from dino_depth.progress import Progress
@@ -37,8 +48,8 @@ from dino_depth.storage import location
 from dino_depth.vit import DepthTransformer
 
 __all__ = [
-    "ProbeConfig", "choose_maps", "collect_features", "demo_gate", "load_with_twin", "pca_colours", "print_table",
-    "probe", "probe_encoders",
+    "ProbeConfig", "choose_maps", "collect_features", "count_seen", "demo_gate", "label_maps", "load_with_twin",
+    "pca_colours", "print_table", "probe", "probe_encoders",
 ]  # fmt: skip
 
 PIXEL_GRID = 16  # the raw-pixel baseline's kNN vector is the input averaged to 16 x 16
@@ -50,16 +61,18 @@ class ProbeConfig:
     """Probe a frozen encoder: kNN by category, ridge regression of normals and curvature, on held-out maps.
 
     Attributes:
-        encoder: run folder (its newest checkpoint), exported folder or Hub id.
+        encoder: run folder (its newest checkpoint), one checkpoint file of a run, exported folder or Hub id.
         shards: shard folder made by ``prep``, or a list of them.
         out: JSON file for the result.
-        size: side of the square input, pixels; by default the encoder's, which for an export is the large size it was
-            exported for: give the training size to compare it with its run.
+        size: side of the square input, pixels, that all are measured at, positions resized; by default the encoder's,
+            which for an export is the large size it was exported for: give the training size to compare it with its
+            run. At 896 use a ``batch`` of 4 to 16.
         gallery_splits: splits whose maps are the neighbours and fit the regressions.
         query_splits: splits that are scored; empty means every other. Where the shards hold a single split, a third of
             it, chosen by a hash of the sample's key, is the queries.
         neighbours: voters of the kNN; each weighs exp(cosine / 0.07), 1 is the plain nearest neighbour.
         batch: maps per forward pass.
+        baselines: measure the same network untrained and raw pixels too, on the same maps.
         bootstrap: resamples of the query maps behind the intervals.
         seed: of the bootstrap, of the choice below and of an export's untrained twin.
         max_gallery: most gallery maps used, chosen at random.
@@ -75,6 +88,7 @@ class ProbeConfig:
     query_splits: list[str] = field(default_factory=list)
     neighbours: int = 20
     batch: int = 64
+    baselines: bool = True
     bootstrap: int = 1000
     seed: int = 0
     max_gallery: int = 8192
@@ -157,8 +171,12 @@ def choose_maps(shards: DepthShards, config: ProbeConfig) -> tuple[np.ndarray, n
     return chosen[0], chosen[1]
 
 
-def _labels(shards: DepthShards, gallery: np.ndarray, queries: np.ndarray) -> tuple[list[str], Tensor, Tensor]:
-    """Categories, and the class numbers of gallery and query maps; a category may come from several datasets."""
+def label_maps(shards: DepthShards, gallery: np.ndarray, queries: np.ndarray) -> tuple[list[str], Tensor, Tensor]:
+    """Categories, and the class numbers of gallery and query maps; a category may come from several datasets.
+
+    Raises:
+        DataError: a query's category has no gallery map, or there is one category only.
+    """
     names = [shards.entries[index].meta["category"] for index in (*gallery, *queries)]
     known, asked = set(names[: len(gallery)]), set(names[len(gallery) :])
     if missing := sorted(asked - known):
@@ -173,7 +191,7 @@ def _labels(shards: DepthShards, gallery: np.ndarray, queries: np.ndarray) -> tu
 Encode = Callable[[Tensor, np.ndarray], tuple[Tensor, Tensor, Tensor]]
 
 
-def _encoders(trained: Encoder, random: Encoder, shards: DepthShards) -> dict[str, Encode]:
+def _encoders(trained: Encoder, random: Encoder | None, shards: DepthShards) -> dict[str, Encode]:
     """For each source, inputs -> two kNN vectors (batch, dim) and patch features (batch, rows, columns, dim)."""
     patch = trained.patch_size
 
@@ -189,17 +207,19 @@ def _encoders(trained: Encoder, random: Encoder, shards: DepthShards) -> dict[st
         rows = images.shape[-1] // patch
         return vector, vector, F.unfold(images, patch, stride=patch).mT.unflatten(1, (rows, rows))
 
+    if random is None:
+        return {"trained": network(trained)}
     return {"trained": network(trained), "random": network(random), "pixels": pixels}
 
 
 @torch.inference_mode()
-def probe_encoders(trained: Encoder, random: Encoder, config: ProbeConfig) -> dict:
-    """Compares an encoder with its untrained twin and with raw pixels; the result of :func:`probe`."""
+def probe_encoders(trained: Encoder, random: Encoder | None, config: ProbeConfig) -> dict:
+    """Compares an encoder with its untrained twin, where there is one, and raw pixels; the result of :func:`probe`."""
     start = time.monotonic()
     size, device = config.size or trained.size, next(trained.parameters()).device
     shards = DepthShards(config.shards, [])
     gallery, queries = choose_maps(shards, config)
-    categories, gallery_labels, query_labels = _labels(shards, gallery, queries)
+    categories, gallery_labels, query_labels = label_maps(shards, gallery, queries)
     encoders = _encoders(trained, random, shards)
     vectors = {source: ([], []) for source in encoders}
     moments = {}
@@ -243,7 +263,7 @@ def probe_encoders(trained: Encoder, random: Encoder, config: ProbeConfig) -> di
             raise DataError(f"{title} is undefined: too few query patches, or all with the same surface")
     return {
         "encoder": trained.name,
-        "beside": random.name,
+        "beside": random.name if random else None,
         "size": size,
         "patch_size": trained.patch_size,
         "dim": trained.dim,
@@ -251,7 +271,7 @@ def probe_encoders(trained: Encoder, random: Encoder, config: ProbeConfig) -> di
         "query_maps": len(queries),
         "categories": categories,
         "chance": 1 / len(categories),
-        "queries_seen_in_training": _seen(Path(config.encoder), shards, queries),
+        "queries_seen_in_training": _seen(config.encoder, shards, queries),
         "patches": {"gallery": moments["trained"][0].count + moments["trained"][1].count, "query": usable_patches},
         "figures": figures,
         "config": asdict(config),
@@ -259,11 +279,14 @@ def probe_encoders(trained: Encoder, random: Encoder, config: ProbeConfig) -> di
     }
 
 
-def _seen(run: Path, shards: DepthShards, queries: np.ndarray) -> int | None:
-    """How many query maps the run trained on; None if the encoder is no run folder, which does not tell."""
-    if not (run / "config.yaml").is_file():
-        return None
-    data = load_config(PretrainConfig, run / "config.yaml").data
+def _seen(source: str, shards: DepthShards, queries: np.ndarray) -> int | None:
+    """How many query maps the run trained on; None if the encoder is of no run, which does not tell."""
+    run = _run_of(source)
+    return count_seen(load_config(PretrainConfig, run / "config.yaml").data, shards, queries) if run else None
+
+
+def count_seen(data: DataConfig, shards: DepthShards, queries: np.ndarray) -> int:
+    """How many of the maps ``queries`` of ``shards`` a run with these data trains on."""
     folders = [data.shards] if isinstance(data.shards, str) else data.shards
     trained = {location(folder).resolve() for folder in folders}
     entries = [shards.entries[index] for index in queries]
@@ -272,6 +295,24 @@ def _seen(run: Path, shards: DepthShards, queries: np.ndarray) -> int | None:
         and (not data.splits or entry.meta["split"] in data.splits)
         for entry in entries
     )
+
+
+def _run_of(source: str) -> Path | None:
+    """The run that ``source`` is, or is a file of (``RUN/checkpoints/best.pt``); None if it is neither."""
+    run = Path(source).absolute().parent.parent if source.endswith(".pt") else Path(source)
+    return run if (run / "config.yaml").is_file() else None
+
+
+def _load(source: str) -> Encoder:
+    if not source.endswith(".pt"):
+        return checkpoint.load_encoder_or_run(source)
+    if (run := _run_of(source)) is None:
+        raise ConfigError(f"{source}: no file of a run folder (../config.yaml is missing)")
+    state = checkpoint.load(Path(source))
+    encoder = checkpoint.load_run_encoder(run, random_initialization=True)
+    checkpoint.load_backbone(encoder.backbone, state["teacher"], Path(source))
+    encoder.name = f"{run.name}, step {state['step']}"
+    return encoder
 
 
 def load_with_twin(source: str, seed: int = 0, size: int | None = None) -> tuple[Encoder, Encoder]:
@@ -284,9 +325,9 @@ def load_with_twin(source: str, seed: int = 0, size: int | None = None) -> tuple
         ConfigError: ``source`` is no run, export or Hub repository.
         DataError: its weights do not fit its configuration.
     """
-    trained = load_encoder_or_run(source)
-    if (Path(source) / "config.yaml").is_file():
-        return trained, load_run_encoder(Path(source), random_initialization=True)
+    trained = _load(source)
+    if run := _run_of(source):
+        return trained, checkpoint.load_run_encoder(run, random_initialization=True)
     torch.manual_seed(seed)
     twin = DepthTransformer(trained.backbone.config, size or trained.size)
     return trained, Encoder(twin, trained.normalization, "random initialisation", trained.size)
@@ -302,7 +343,10 @@ def probe(config: ProbeConfig) -> dict:
     if config.neighbours < 1 or config.batch < 1 or config.bootstrap < 1:
         raise ConfigError("neighbours, batch and bootstrap must be at least 1")
     device = pick_device(config.device)
-    trained, random = (encoder.to(device) for encoder in load_with_twin(config.encoder, config.seed, config.size))
+    if config.baselines:
+        trained, random = (encoder.to(device) for encoder in load_with_twin(config.encoder, config.seed, config.size))
+    else:
+        trained, random = _load(config.encoder).to(device), None
     result = probe_encoders(trained, random, config)
     print_table(result)
     if config.out:
@@ -315,39 +359,3 @@ def probe(config: ProbeConfig) -> dict:
         except OSError as error:
             raise ConfigError(f"--out {path}: {error.strerror}") from None
     return result
-
-
-def print_table(result: dict):
-    """The figures of a probe on at most 80 columns: trained with its interval, beside random and raw pixels."""
-    seen = result["queries_seen_in_training"]
-    seen = "" if seen is None else f" ({seen or 'none'} of them seen in training)"
-    print(f"{result['encoder']}, input {result['size']} px")
-    print(f"{result['query_maps']} query maps{seen}; {result['gallery_maps']} gallery maps")
-    print(f"{len(result['categories'])} categories, chance {result['chance']:.3f}")
-    print(f"{'':18}{'trained':>7} {'95 %':>14}{'random':>8}{'pixels':>8}  {'trained - random, 95 %':>22}")
-    for name, title in FIGURES.items():
-        row = result["figures"][name]
-        digits = 2 if name == "normal_angle" else 3
-        trained, gain = row["trained"], row["gain"]
-        interval = f"{trained['low']:.{digits}f}..{trained['high']:.{digits}f}"
-        paired = f"{gain['value']:+.{digits}f} {gain['low']:+.{digits}f}..{gain['high']:+.{digits}f}"
-        random, pixels = (f"{row[source]['value']:8.{digits}f}" for source in ("random", "pixels"))
-        print(f"{title:18}{trained['value']:7.{digits}f} {interval:>14}{random}{pixels}  {paired:>22}")
-
-
-def demo_gate(result: dict) -> list[str]:
-    """What the demo's gate finds wrong with a probe; empty when it passes.
-
-    kNN on the class feature must beat the same seed's random initialisation by at least 6 points with a paired 95 %
-    lower bound above 3, and the curvature R2 must not lie below random's (point estimates, no tolerance).
-    """
-    gain, failures = result["figures"]["knn_class"]["gain"], []
-    if gain["value"] < 0.06 or gain["low"] <= 0.03:
-        failures.append(
-            f"kNN on the class feature gains {100 * gain['value']:.1f} points on random initialisation, 95 % from "
-            f"{100 * gain['low']:.1f}; the gate asks for 6 and a lower bound above 3"
-        )
-    trained, random = (result["figures"]["curvature"][source]["value"] for source in ("trained", "random"))
-    if not trained >= random:
-        failures.append(f"curvature R2 {trained:.3f} is below random initialisation's {random:.3f}")
-    return failures

@@ -1,4 +1,4 @@
-"""Reading frozen features out: a kNN vote, ridge regression, bootstrap intervals, principal components as colours."""
+"""Reading frozen features out: a kNN vote, ridge regression, bootstrap intervals, tables, components as colours."""
 
 import numpy as np
 import torch
@@ -7,7 +7,10 @@ from torch import Tensor
 
 from dino_depth.errors import DataError
 
-__all__ = ["FIGURES", "Moments", "bootstrap", "fit_ridge", "knn", "patch_sums", "pca_colours", "query_rows"]
+__all__ = [
+    "FIGURES", "Moments", "bootstrap", "demo_gate", "fit_ridge", "knn", "patch_sums", "pca_colours", "print_table",
+    "query_rows",
+]  # fmt: skip
 
 TEMPERATURE = 0.07  # of the kNN vote, as in DINO's evaluation
 PENALTIES = tuple(10.0**exponent for exponent in range(-6, 2))
@@ -139,10 +142,12 @@ def bootstrap(rows: dict[str, Tensor], samples: int, seed: int) -> dict[str, dic
     """Figures with 95 % percentile intervals over maps, and the paired interval of trained minus random.
 
     Args:
-        rows: of ``trained``, ``random`` and ``pixels``, (maps, COLUMNS) float64 of the same maps in the same order.
+        rows: of ``trained`` and, where they are compared, ``random`` and ``pixels``, (maps, COLUMNS) float64 of the
+            same maps in the same order.
 
     Returns:
-        for each of ``FIGURES``: for each source and for ``gain``, ``value``, ``low`` and ``high``.
+        for each of ``FIGURES``: for each source, and for ``gain`` if there is ``random``, ``value``, ``low`` and
+        ``high``.
     """
     maps = len(rows["trained"])
     counts = np.random.default_rng(seed).multinomial(maps, np.full(maps, 1 / maps), samples)
@@ -156,7 +161,8 @@ def bootstrap(rows: dict[str, Tensor], samples: int, seed: int) -> dict[str, dic
     result = {}
     for name in FIGURES:
         result[name] = {source: interval(drawn[source][name]) for source in drawn}
-        result[name]["gain"] = interval(drawn["trained"][name] - drawn["random"][name])
+        if "random" in drawn:
+            result[name]["gain"] = interval(drawn["trained"][name] - drawn["random"][name])
     return result
 
 
@@ -184,3 +190,44 @@ def pca_colours(features: Tensor, usable: Tensor | None = None) -> Tensor:
     colours = torch.zeros(*features.shape[:3], 3)
     colours[usable] = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).float()
     return colours
+
+
+def print_table(result: dict):
+    """The figures of a probe on at most 80 columns: trained with its interval, beside random and raw pixels."""
+    seen = result["queries_seen_in_training"]
+    seen = "" if seen is None else f" ({seen or 'none'} of them seen in training)"
+    print(f"{result['encoder']}, input {result['size']} px")
+    print(f"{result['query_maps']} query maps{seen}; {result['gallery_maps']} gallery maps")
+    print(f"{len(result['categories'])} categories, chance {result['chance']:.3f}")
+    compared = "gain" in result["figures"]["knn_class"]
+    heading = f"{'random':>8}{'pixels':>8}  {'trained - random, 95 %':>22}" if compared else ""
+    print(f"{'':18}{'trained':>7} {'95 %':>14}{heading}")
+    for name, title in FIGURES.items():
+        row = result["figures"][name]
+        digits = 2 if name == "normal_angle" else 3
+        trained, beside = row["trained"], ""
+        interval = f"{trained['low']:.{digits}f}..{trained['high']:.{digits}f}"
+        if compared:
+            gain = row["gain"]
+            beside = "".join(f"{row[source]['value']:8.{digits}f}" for source in ("random", "pixels"))
+            paired = f"{gain['value']:+.{digits}f} {gain['low']:+.{digits}f}..{gain['high']:+.{digits}f}"
+            beside += f"  {paired:>22}"
+        print(f"{title:18}{trained['value']:7.{digits}f} {interval:>14}{beside}")
+
+
+def demo_gate(result: dict) -> list[str]:
+    """What the demo's gate finds wrong with a probe; empty when it passes.
+
+    kNN on the class feature must beat the same seed's random initialisation by at least 6 points with a paired 95 %
+    lower bound above 3, and the curvature R2 must not lie below random's (point estimates, no tolerance).
+    """
+    gain, failures = result["figures"]["knn_class"]["gain"], []
+    if gain["value"] < 0.06 or gain["low"] <= 0.03:
+        failures.append(
+            f"kNN on the class feature gains {100 * gain['value']:.1f} points on random initialisation, 95 % from "
+            f"{100 * gain['low']:.1f}; the gate asks for 6 and a lower bound above 3"
+        )
+    trained, random = (result["figures"]["curvature"][source]["value"] for source in ("trained", "random"))
+    if not trained >= random:
+        failures.append(f"curvature R2 {trained:.3f} is below random initialisation's {random:.3f}")
+    return failures

@@ -18,11 +18,12 @@ from dino_depth.depth import normalize
 from dino_depth.errors import DataError
 from dino_depth.picture import MISSING, VIRIDIS, colour, data_uri, write_page
 from dino_depth.pretrain.crops import multi_crop
+from dino_depth.pretrain.in_loop import Best, find_best, read_evaluations
 from dino_depth.pretrain.probe import ProbeConfig, choose_maps, collect_features, load_with_twin, pca_colours
 from dino_depth.pretrain.readout import FIGURES
 from dino_depth.pretrain.shards import DepthShards
 
-__all__ = ["Chart", "charts", "read_metrics", "write_report"]
+__all__ = ["Chart", "charts", "evaluation_charts", "read_metrics", "write_report"]
 
 CROPPED_MAPS = 6
 PCA_MAPS = 12
@@ -66,6 +67,7 @@ class Chart:
         ticks: (y, text) of the largest and the smallest value.
         references: (y, text) of lines to compare with.
         first_step, last_step: ends of the horizontal axis.
+        mark: (x, y) of the value of the best step.
     """
 
     WIDTH, HEIGHT = 300, 120
@@ -77,13 +79,20 @@ class Chart:
     references: list[tuple[float, str]]
     first_step: int
     last_step: int
+    mark: tuple[float, float] | None = None
 
 
 def _text(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _chart(title: str, steps: list[int], values: list[float], references: list[tuple[float, str]]) -> Chart:
+def _chart(
+    title: str,
+    steps: list[int],
+    values: list[float],
+    references: list[tuple[float, str]],
+    marked: int | None = None,
+) -> Chart:
     finite = [value for value in values if math.isfinite(value)]
     shown = finite + [value for value, _ in references]
     low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
@@ -94,20 +103,25 @@ def _chart(title: str, steps: list[int], values: list[float], references: list[t
     def y(value: float) -> float:
         return round(Chart.HEIGHT * (high - value) / (high - low), 1)
 
+    def x(step: int) -> float:
+        return round(Chart.WIDTH * (step - steps[0]) / span, 1)
+
     path, pen = [], "M"
     stride = math.ceil(len(steps) / POINTS)
     for place in [*range(0, len(steps), stride), len(steps) - 1]:
         if not math.isfinite(values[place]):
             pen = "M"
             continue
-        path.append(f"{pen}{round(Chart.WIDTH * (steps[place] - steps[0]) / span, 1)} {y(values[place])}")
+        path.append(f"{pen}{x(steps[place])} {y(values[place])}")
         pen = "L"
     ends = (max(finite), min(finite)) if finite else ()
     ticks = [(y(value), _text(value)) for value in ends]
     if ticks and ticks[1][0] - ticks[0][0] < TICK_HEIGHT:
         ticks = ticks[:1]
     last = _text(values[-1]) if math.isfinite(values[-1]) else "not finite"
-    return Chart(title, last, "".join(path), ticks, [(y(v), t) for v, t in references], steps[0], steps[-1])
+    lines = [(y(value), text) for value, text in references]
+    mark = None if marked is None else (x(marked), y(values[steps.index(marked)]))
+    return Chart(title, last, "".join(path), ticks, lines, steps[0], steps[-1], mark)
 
 
 def _references(key: str, config: PretrainConfig) -> list[tuple[float, str]]:
@@ -135,6 +149,19 @@ def charts(rows: list[dict], config: PretrainConfig) -> dict[str, list[Chart]]:
             chart = _chart(name.replace("_", " ") or "total", steps, values, _references(key, config))
             groups.setdefault(group, []).append(chart)
     return groups
+
+
+def evaluation_charts(results: dict[int, dict], best: Best | None) -> list[Chart]:
+    """The curve of each figure of the probes during training, the best step marked on the one that decided."""
+    good = {step: result["figures"] for step, result in results.items() if "error" not in result}
+    if not good:
+        return []
+    drawn = []
+    for name, title in FIGURES.items():
+        values = [figures[name]["trained"]["value"] for figures in good.values()]
+        marked = best.step if best and best.metric == name else None
+        drawn.append(_chart(title.replace("R2", "R²"), list(good), values, [], marked))
+    return drawn
 
 
 def _spread(shards: DepthShards, indices: np.ndarray, count: int) -> np.ndarray:
@@ -267,6 +294,8 @@ def write_report(run: Path, results: dict, shards: DepthShards | str | list[str]
     config = load_config(PretrainConfig, run / "config.yaml")
     rows = read_metrics(run / "metrics.jsonl")
     probed, parity = results.get("probe"), results.get("parity")
+    evaluations = read_evaluations(run)
+    best = find_best(evaluations, config.train.best_by)
     folder = jinja2.PackageLoader("dino_depth.pretrain", "")
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["seconds"] = lambda value: f"{value:.0f} s" if value < 120 else f"{value / 60:.1f} min"
@@ -280,6 +309,11 @@ def write_report(run: Path, results: dict, shards: DepthShards | str | list[str]
         gate=results.get("gate"),
         seconds=results.get("seconds", {}),
         charts=charts(rows, config),
+        evaluations=evaluation_charts(evaluations, best),
+        evaluated=len(evaluations),
+        failed=[step for step, result in evaluations.items() if "error" in result],
+        best=best,
+        best_title=FIGURES[config.train.best_by],
         box=Chart,
         crops=_crops(shards, config),
         components=_components(run, shards, probed),

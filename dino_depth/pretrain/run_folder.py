@@ -25,7 +25,8 @@ __all__ = ["RunFolder", "git_revision", "library_versions"]
 # Settings that do not change what is computed, and may differ between a run and its resumption.
 FREE = {
     "out", "resume", "data.shards", "data.cache", "data.cache_gib", "data.workers", "data.resident", "model.attention",
-    "train.checkpoint_every", "train.keep", "train.log_every", "train.threads", "train.timeout", "train.device",
+    "train.checkpoint_every", "train.keep", "train.log_every", "train.evaluate_every", "train.threads", "train.timeout",
+    "train.device",
 }  # fmt: skip
 PACKAGES = (
     "torch",
@@ -171,6 +172,10 @@ class RunFolder:
             return
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         self._metrics.write(json.dumps({"step": step} | figures) + "\n")
+        self.write_events(step, figures)
+
+    def write_events(self, step: int, figures: dict[str, float]):
+        """TensorBoard scalars alone; ``step`` may lie behind those of the last line of metrics.jsonl."""
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)
 

@@ -19,6 +19,7 @@ from dino_depth.errors import ConfigError, Interrupted, ReportedError
 from dino_depth.pretrain import checkpoint
 from dino_depth.pretrain.crops import check_crops, multi_crop
 from dino_depth.pretrain.health import CollapseGate, measure
+from dino_depth.pretrain.in_loop import Evaluations, check_evaluation
 from dino_depth.pretrain.initialize import initialize
 from dino_depth.pretrain.masks import draw_masks
 from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
@@ -153,6 +154,8 @@ def check_settings(config: PretrainConfig, ranks: int, shards: DepthShards | Non
     if shards and (count := _order(shards, config).count) < train.batch:
         raise ConfigError(f"{config.data.shards}: {count} samples are too few for train.batch {train.batch}")
     check_crops(config.crops)
+    if shards:
+        check_evaluation(config)
     for name in ("global_size", "local_size"):
         if getattr(config.crops, name) % config.model.patch_size:
             raise ConfigError(f"crops.{name} must be a multiple of model.patch_size {config.model.patch_size}")
@@ -223,8 +226,9 @@ def _run(config: PretrainConfig, device: torch.device, closing: contextlib.ExitS
     begun, ranks = "resumed" if first else "started", distributed.world_size()
     where = f"{ranks} x {device.type}" if ranks > 1 else device
     run.log.info("%s at step %d of %d on %s, %s products", begun, first, config.train.steps, where, products)
-    with _Stop() as stop:
-        _loop(config, device, shards, student, teacher, optimizer, gate, run, first, bad, stop)
+    with _Stop() as stop, Evaluations(config, run) as evaluations:
+        _loop(config, device, shards, student, teacher, optimizer, gate, run, evaluations, first, bad, stop)
+        evaluations.finish(stop)
 
 
 @contextlib.contextmanager
@@ -237,7 +241,7 @@ def _loading(shards: DepthShards, config: PretrainConfig, first_step: int, devic
         getattr(loader, "_shutdown_workers", lambda: None)()
 
 
-def _loop(config, device, shards, student, teacher, optimizer, gate, run, first, bad, stop):
+def _loop(config, device, shards, student, teacher, optimizer, gate, run, evaluations, first, bad, stop):
     train, passes, ranks = config.train, config.train.accumulate, distributed.world_size()
     since, since_step, seconds_waiting = time.perf_counter(), first, 0.0
     progress = Progress("pretrain", train.steps, "steps", first) if run.writes else contextlib.nullcontext()
@@ -258,6 +262,7 @@ def _loop(config, device, shards, student, teacher, optimizer, gate, run, first,
             run.log.info("checkpoint after step %d", done)
         distributed.barrier()  # a rank that ended now could take the one that writes with it
 
+    evaluations.update(first, teacher)
     with progress, _loading(shards, config, first, device) as loader:
         for step in range(first, train.steps):
             now = schedule(config, step)
@@ -317,6 +322,7 @@ def _loop(config, device, shards, student, teacher, optimizer, gate, run, first,
             # While losses are not finite, older checkpoints are the better ones to keep.
             if (done % train.checkpoint_every == 0 and not bad) or done == train.steps or stopping:
                 save(done)
+            evaluations.update(done, teacher)
             if run.writes:
                 progress.advance(1, f"loss {float(sums['loss']):.3f}")
             if stopping:

@@ -1,0 +1,80 @@
+"""Does a last phase at a higher resolution help where the encoder is used, at a larger input still?
+
+    python benchmarks/high_resolution.py --work FOLDER --shards SHARDS [--seeds 2]
+
+For every seed the demo's network is pretrained at 98 px; from its last checkpoint one run goes on at 98 px, another for
+as many steps at 196 px. They are probed at 392 and 896 px on held-out maps. Prints a Markdown table of the phase at
+196 px against the others, with paired 95 % intervals over query maps; FOLDER keeps every run and probe, and a rerun
+does only what is missing.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dino_depth.pretrain.probe import ProbeConfig, load_with_twin, probe_encoders
+
+FIGURES = ("knn_class", "knn_patch", "normal", "curvature")
+BASE, SAME, HIGH = "no phase", "as many steps at 98 px", "the phase at 196 px"
+PHASES = {SAME: ("98", "42"), HIGH: ("196", "84")}
+# side -> gallery maps, query maps, batch, against what
+SIZES = {392: (512, 256, 16, (BASE, SAME)), 896: (64, 48, 4, (SAME,))}
+
+
+def pretrain(out: Path, shards: str, seed: int, *words: str):
+    command = [sys.executable, "-m", "dino_depth.cli", "pretrain", "--config", "pretrain_demo", "--out", str(out)]
+    command += ["--resume", "--data.shards", shards, "--data.workers", "0", "--train.seed", str(seed), *words]
+    start = time.perf_counter()
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{out}: {done.stderr.strip().splitlines()[-1]}")
+    print(f"{out}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--shards", required=True)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--base_steps", default="300")
+    parser.add_argument("--steps", default="60")
+    options = parser.parse_args()
+    print("| seed | px | phase at 196 px against |" + "".join(f" {name} |" for name in FIGURES))
+    print("|---|---|---|" + "---|" * len(FIGURES))
+    for seed in range(options.seeds):
+        runs = {BASE: Path(options.work) / f"base-{seed}"}
+        pretrain(runs[BASE], options.shards, seed, "--train.steps", options.base_steps)
+        for name, (large, small) in PHASES.items():
+            runs[name] = Path(options.work) / f"{large}-{seed}"
+            # The schedules of the demo, compressed, from a quarter of its learning rate.
+            words = ["--init_from", str(runs[BASE]), "--train.steps", options.steps, "--optim.lr", "0.0028"]
+            words += ["--optim.warmup", "4", "--crops.global_size", large, "--crops.local_size", small]
+            pretrain(runs[name], options.shards, seed, *words)
+        encoders = {name: load_with_twin(str(run))[0] for name, run in runs.items()}
+        for side, (gallery, queries, batch, others) in SIZES.items():
+            for name in others:
+                path = Path(options.work) / f"{seed}-{side}-{name.replace(' ', '_')}.json"
+                if not path.is_file():
+                    config = ProbeConfig(
+                        str(runs[BASE]), options.shards, size=side, batch=batch, max_gallery=gallery,
+                        max_queries=queries, query_splits=["validation"],
+                    )  # fmt: skip
+                    path.write_text(json.dumps(probe_encoders(encoders[HIGH], encoders[name], config)))
+                figures = json.loads(path.read_text())["figures"]
+                cells = [_cell(figures[key]) for key in FIGURES]
+                print(f"| {seed} | {side} | {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def _cell(figure: dict) -> str:
+    """Other -> high, and the paired gain with its interval."""
+    gain = figure["gain"]
+    change = f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+    return f"{figure['random']['value']:.3f} -> {figure['trained']['value']:.3f}, {change}"
+
+
+if __name__ == "__main__":
+    main()
