@@ -5,6 +5,7 @@
 
 import errno
 import importlib
+import re
 import sys
 import traceback
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ __all__ = ["main"]
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command lives: ``module.function(module.config)``, with some fields given by position."""
+    """Where a command lives: ``module.function(module.config)``, with some fields given by position or a short name."""
 
     help: str
     module: str
     config: str
     function: str
     positional: tuple[str, ...] = ()
+    short: tuple[tuple[str, str], ...] = ()
 
 
 COMMANDS = {
@@ -40,7 +42,11 @@ COMMANDS = {
         "write transformers and timm folders", "dino_depth.pretrain.export", "ExportConfig", "export", ("run",)
     ),
     "evaluate": Command(
-        "frozen encoders and a head on a benchmark", "dino_depth.anomaly.evaluate", "EvaluateConfig", "evaluate"
+        "frozen encoders and a head on a benchmark",
+        "dino_depth.anomaly.evaluate",
+        "EvaluateConfig",
+        "evaluate",
+        short=(("--views", "--head.modmap.sources"),),
     ),
     "report": Command("a page about an evaluation", "dino_depth.anomaly.report", "ReportConfig", "report", ("run",)),
     "doctor": Command("what this machine offers", "dino_depth.doctor", "DoctorConfig", "doctor"),
@@ -73,6 +79,8 @@ def _run(arguments: list[str]):
     module = importlib.import_module(command.module)
     if name == "pretrain":
         rest = _resume_with_own_config(rest)
+    for short, option in command.short:
+        rest = [re.sub(rf"^{short}(?==|$)", option, word) for word in rest]
     config = parse(getattr(module, command.config), rest, f"dino-depth {name}", command.positional)
     getattr(module, command.function)(config)
 

@@ -97,6 +97,12 @@ def test_commands_parse_their_help(capsys):
         assert f"dino-depth {name}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [["--views", "3"], ["--views=3"]])
+def test_short_names_stand_for_settings(words, capsys):
+    assert main(["evaluate", *words, "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["head"]["modmap"]["sources"] == 3
+
+
 def test_exit_codes_and_messages(capsys, tmp_path):
     assert main([]) == 0
     assert main(["--version"]) == 0
