@@ -1,12 +1,22 @@
-"""What each step from CFM to ModMap adds, on synthetic data sets in SiM3D's layout: paired, with intervals.
+"""What the synthetic benchmark shows of the heads: one table a command, paired over data sets, with intervals.
 
-    python benchmarks/ladder.py SIM3D --image EXPORT --depth EXPORT --out FOLDER [--steps 600] [--tokens 32]
-        [--heads cfm cfm_view modmap ensemble] [--categories NAME ...]
+    python benchmarks/ladder.py TABLE SIM3D --image EXPORT --depth EXPORT --out FOLDER [--steps 600] [--tokens 32]
+        [--rows NAME ...] [--categories NAME ...] [--seeds 1] [--set KEY VALUE ...]
 
-SIM3D is a tree of ``dino-depth synth sim3d``; each of its objects is one data set. All heads train for equally many
-steps on the same features. The table holds the mean over data sets of V-AUPRO@1 % over occupied voxels, and the paired
-difference of each head from the conditioned CFM with a bootstrap interval over data sets: 90 %, so that its lower end
-is a one-sided 95 % bound. A run that was stopped continues.
+SIM3D is a tree of ``dino-depth synth sim3d``; each of its objects is one data set. A table is one of
+
+    ladder      CFM, conditioned CFM and ModMap, its controls, and PatchCore (tables 3 and 6)
+    modalities  either map of ModMap alone, and how both meet (table 10)
+    sources     number of source views at inference (table 8)
+    shift       view ids that are off by one at inference
+    multiclass  one model of all objects (table 7)
+    encoders    other encoders of depth under the same head (table 4)
+    steps       numbers of training steps
+
+All heads train for equally many steps on the same features; the rows of different tables share features, fitted heads
+and finished cells in FOLDER. A row is the mean over data sets of V-AUPRO@1 % over occupied voxels, and its paired
+difference from the table's reference with a bootstrap interval over data sets: 90 %, so that its lower end is a
+one-sided 95 % bound. A run that was stopped continues; ``--rows`` lets processes share the work.
 """
 
 import argparse
@@ -20,38 +30,88 @@ from dino_depth.anomaly.metrics import bootstrap
 from dino_depth.config import parse
 
 METRIC = "V-AUPRO@1% occupied"
-REFERENCE = "cfm_view"
-HEADS = {
-    "cfm": ["--head.modmap.conditioning", "none"],
-    "cfm_view": ["--head.modmap.conditioning", "view"],
-    "modmap": [],
-    "target": ["--head.modmap.sources", "target"],
-    "mean": ["--head.modmap.aggregate", "mean"],
-    "ensemble": ["--head.modmap.conditioning", "view", "--head.modmap.ensemble", "4"],
-    "patchcore": ["--head.name", "patchcore"],
-}
-MEANING = {
-    "cfm": "CFM",
-    "cfm_view": "CFM conditioned on the view",
-    "modmap": "ModMap, minimum over all sources",
-    "target": "ModMap, source = target only",
-    "mean": "ModMap, mean over all sources",
-    "ensemble": "minimum over 4 conditioned CFMs",
-    "patchcore": "PatchCore",
-}
+BASELINES = ("random scores", "constant on the object", "perfect scorer")
+STEPS = (150, 300, 600, 1500)
+VIEW = ["--head.modmap.conditioning", "view"]
+MODMAP = ("ModMap, minimum over all sources", [])
+CFM_VIEW = ("CFM conditioned on the view", VIEW)
 
 
-def measured(options: argparse.Namespace, head: str) -> dict[str, dict]:
-    """The finished cell of every data set."""
+def source_rows() -> dict[str, tuple[str, list[str]]]:
+    counts = {f"sources_{k}": (f"{k} sources", ["--head.modmap.sources", str(k)]) for k in (1, 2, 4, 8)}
+    return {"target": ("source = target only", ["--head.modmap.sources", "target"]), **counts, "modmap": MODMAP}
+
+
+def step_rows() -> dict[str, tuple[str, list[str]]]:
+    rows = {}
+    for steps in STEPS:
+        words = ["--head.modmap.steps", str(steps)]
+        rows[f"cfm_view_{steps}"] = (f"conditioned CFM, {steps} steps", VIEW + words)
+        rows[f"modmap_{steps}"] = (f"ModMap, {steps} steps", words)
+    return rows
+
+
+# Table -> (reference row, {row: (what it is, settings that differ from ModMap's defaults)}).
+TABLES = {
+    "ladder": ("cfm_view", {
+        "cfm": ("CFM", ["--head.modmap.conditioning", "none"]),
+        "cfm_view": CFM_VIEW,
+        "modmap": MODMAP,
+        "target": ("ModMap, source = target only", ["--head.modmap.sources", "target"]),
+        "mean": ("ModMap, mean over all sources", ["--head.modmap.aggregate", "mean"]),
+        "ensemble": ("minimum over 4 conditioned CFMs", [*VIEW, "--head.modmap.ensemble", "4"]),
+        "cfm_view_cells": (
+            "CFM conditioned on the view, as many cells a step as ModMap",
+            [*VIEW, "--head.modmap.tokens", "{pair_cells}"],
+        ),
+        "patchcore": ("PatchCore, both modalities", ["--head.name", "patchcore"]),
+        "patchcore_image": ("PatchCore, image", ["--head.name", "patchcore", "--head.patchcore.modality", "image"]),
+        "patchcore_depth": ("PatchCore, depth", ["--head.name", "patchcore", "--head.patchcore.modality", "depth"]),
+    }),
+    "modalities": ("modmap", {
+        "modmap": ("maximum of both maps", []),
+        "minimum": ("minimum", ["--volume.aggregation", "min"]),
+        "product": ("product", ["--volume.aggregation", "prod"]),
+        "average": ("mean", ["--volume.aggregation", "mean"]),
+        "image": ("image map alone", ["--head.modmap.modality", "image"]),
+        "depth": ("depth map alone", ["--head.modmap.modality", "depth"]),
+    }),
+    "sources": ("modmap", source_rows()),
+    "shift": ("modmap", {
+        "modmap": MODMAP,
+        "modmap_shift": ("ModMap, view ids shifted by one", ["--head.modmap.view_shift", "1"]),
+        "cfm_view": CFM_VIEW,
+        "cfm_view_shift": ("conditioned CFM, view ids shifted by one", [*VIEW, "--head.modmap.view_shift", "1"]),
+    }),
+    "multiclass": ("modmap", {
+        "modmap": ("a ModMap for each object", []),
+        "multiclass": ("one ModMap for all objects", ["--head.multiclass", "true"]),
+    }),
+    "encoders": ("modmap", {
+        "modmap": ("pretrained depth encoder", []),
+        "random": ("the same, random weights (of standardize.py)", ["--encoder.depth", "{depth}_random"]),
+        "raw": ("raw patches", ["--encoder.depth", "raw-patches?patch={patch}"]),
+        "fpfh": ("FPFH", ["--encoder.depth", "fpfh?patch={patch}"]),
+    }),
+    "steps": ("modmap_1500", step_rows()),
+}  # fmt: skip
+
+
+def measured(options: argparse.Namespace, row: str, words: list[str]) -> dict[str, dict]:
+    """The finished cells of every data set."""
     out = Path(options.out)
-    words = ["--data.root", options.root, "--out", str(out / head), "--encoder.cache", str(out / "features")]
-    words += ["--encoder.image", options.image, "--encoder.depth", options.depth, "--encoder.size", str(options.size)]
-    words += ["--head.modmap.steps", str(options.steps), "--head.modmap.tokens", str(options.tokens)]
-    words += ["--device", "cpu", *HEADS[head]]
-    words += ["--categories", json.dumps(options.categories)] if options.categories else []
-    evaluate(parse(EvaluateConfig, words, "ladder"))
-    cells = json.loads((out / head / "results.json").read_text())["cells"]
-    return {cell["category"]: cell for cell in cells}
+    common = ["--data.root", options.root, "--out", str(out / row), "--device", "cpu", "--seeds", str(options.seeds)]
+    common += ["--encoder.cache", str(out / "features"), "--head.cache", str(out / "heads")]
+    common += ["--encoder.image", options.image, "--encoder.depth", options.depth, "--encoder.size", str(options.size)]
+    common += ["--head.modmap.steps", str(options.steps), "--head.modmap.tokens", str(options.tokens), *options.set]
+    common += ["--categories", json.dumps(options.categories)] if options.categories else []
+    # A step takes 48 pairs of views of ModMap, but of a CFM only as many as there are views, 12.
+    facts = {"depth": options.depth, "patch": options.patch, "pair_cells": 4 * options.tokens}
+    evaluate(parse(EvaluateConfig, [*common, *(word.format(**facts) for word in words)], "ladder"))
+    found: dict[str, list[dict]] = {}
+    for cell in json.loads((out / row / "results.json").read_text())["cells"]:
+        found.setdefault(cell["category"], []).append(cell)
+    return found
 
 
 def interval(values: np.ndarray) -> str:
@@ -59,39 +119,55 @@ def interval(values: np.ndarray) -> str:
     return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
-def table(cells: dict[str, dict[str, dict]]) -> str:
+def table(reference: str, meaning: dict[str, str], cells: dict[str, dict[str, list[dict]]]) -> str:
     names = sorted(set.intersection(*(set(found) for found in cells.values())))
-    score = {head: np.array([found[name]["metrics"][METRIC] for name in names]) for head, found in cells.items()}
-    detection = {head: np.mean([found[name]["metrics"]["I-AUROC"] for name in names]) for head, found in cells.items()}
+    score, detection = (
+        {
+            row: np.array([np.mean([cell["metrics"][metric] for cell in found[name]]) for name in names])
+            for row, found in cells.items()
+        }
+        for metric in (METRIC, "I-AUROC")
+    )
     lines = [f"{len(names)} data sets: {', '.join(names)}", ""]
-    lines += [f"| head | {METRIC} | less {MEANING[REFERENCE]} | ahead in | I-AUROC |", "|---|---|---|---|---|"]
-    for head, values in score.items():
-        difference = values - score[REFERENCE] if REFERENCE in score else np.zeros(len(names))
-        paired = interval(difference) if head != REFERENCE and REFERENCE in score else ""
-        ahead = f"{np.count_nonzero(difference > 0)} of {len(names)}" if paired else ""
-        lines.append(f"| {MEANING[head]} | {values.mean():.3f} | {paired} | {ahead} | {detection[head]:.3f} |")
-    for row in ("random scores", "constant on the object", "perfect scorer"):
-        first = next(iter(cells.values()))
-        lines.append(f"| {row} | {np.mean([first[name]['baselines'][row][METRIC] for name in names]):.3f} | | | |")
+    lines += [f"| | {METRIC} | less {meaning[reference]} | ahead in | I-AUROC |", "|---|---|---|---|---|"]
+    for row, values in score.items():
+        paired = ahead = ""
+        if row != reference and reference in score:
+            difference = values - score[reference]
+            paired, ahead = interval(difference), f"{np.count_nonzero(difference > 0)} of {len(names)}"
+        lines.append(f"| {meaning[row]} | {values.mean():.3f} | {paired} | {ahead} | {detection[row].mean():.3f} |")
+    first = next(iter(cells.values()))
+    for baseline in BASELINES:
+        values = [first[name][0]["baselines"][baseline][METRIC] for name in names]
+        lines.append(f"| {baseline} | {np.mean(values):.3f} | | | |")
+    lines += ["", "| data set | " + " | ".join(meaning[row] for row in score) + " |", "|---" * (len(score) + 1) + "|"]
+    for place, name in enumerate(names):
+        lines.append(f"| {name} | " + " | ".join(f"{values[place]:.3f}" for values in score.values()) + " |")
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=list(TABLES))
     parser.add_argument("root")
     parser.add_argument("--image", required=True)
     parser.add_argument("--depth", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=["cfm", "cfm_view", "modmap", "ensemble"])
+    parser.add_argument("--rows", nargs="+", default=[], help="of the table; all if not given")
     parser.add_argument("--categories", nargs="+", default=[])
+    parser.add_argument("--seeds", type=int, default=1, help="heads for each data set")
     parser.add_argument(
         "--steps", type=int, default=600, help="the paper's 200 epochs of 12 x 12 pairs in batches of 48"
     )
     parser.add_argument("--tokens", type=int, default=32, help="training cells drawn per pair and step")
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--patch", type=int, default=14, help="of the rows without a network")
+    parser.add_argument("--set", nargs=argparse.REMAINDER, default=[], help="further settings of dino-depth evaluate")
     options = parser.parse_args()
-    cells = {head: measured(options, head) for head in options.heads}
-    print(table(cells))
+    reference, rows = TABLES[options.table]
+    rows = {row: rows[row] for row in options.rows or rows}
+    cells = {row: measured(options, row, words) for row, (_, words) in rows.items()}
+    print(table(reference, {row: meaning for row, (meaning, _) in TABLES[options.table][1].items()}, cells))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from dino_depth.config import PretrainConfig, parse
+from dino_depth.pretrain.loading import make_loader
 from dino_depth.pretrain.shards import DepthShards
-from dino_depth.pretrain.train import make_loader, pretrain
+from dino_depth.pretrain.train import pretrain
 
 
 def rate(shards: DepthShards, config: PretrainConfig, maps: int) -> float:

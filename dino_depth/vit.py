@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dino_depth.compiled import compiled, vary
 from dino_depth.config import ModelConfig
 from dino_depth.errors import ConfigError
 from dino_depth.rotary import rotate, rotation
@@ -121,26 +122,22 @@ class DepthTransformer(VisionTransformer):
         groups = [(part.shape[0], part.shape[1]) for part in tokens]
         packed = torch.cat([part.flatten(0, 1) for part in tokens])  # (tokens, dim)
         rotations = None if self.config.positions == "learned" else [self._rotation(images) for images in crops]
-        recompute = self.config.checkpoint_activations
+        run = _recomputed if self.config.checkpoint_activations else _run
         for place, block in enumerate(self.blocks):
             attention, mlp = (None, None) if kept is None else kept[2 * place : 2 * place + 2]
-
-            def attend(x, g, b=block):
-                return b.ls1(_attend(b, x, g, rotations, self.config))
-
-            packed = _residual(packed, groups, attend, attention, scale, recompute)
+            packed = run(_attention_residual, block, packed, groups, attention, scale, rotations, self.config)
             if needed is not None and block is self.blocks[-1]:
                 break
-            packed = _residual(packed, groups, lambda x, g, b=block: b.ls2(b.mlp(b.norm2(x))), mlp, scale, recompute)
+            packed = run(_mlp_residual, block, packed, groups, mlp, scale)
         if needed is None:
             parts = self.norm(packed).split([count * length for count, length in groups])
             return [part.view(*group, -1) for part, group in zip(parts, groups, strict=True)]
         taken = torch.ones(len(packed), 1, device=packed.device)
         if mlp is not None:
             taken = torch.zeros_like(taken).index_fill_(0, _rows(groups, mlp), scale)
-        packed = packed.index_select(0, needed)
-        update = block.ls2(block.mlp(block.norm2(packed)))
-        return self.norm(packed + update * taken.index_select(0, needed))
+        packed, taken = packed.index_select(0, needed), taken.index_select(0, needed)
+        vary(packed, taken)
+        return self.norm(_mlp_of_rows(block, packed, taken))
 
     def _rotation(self, images: Tensor) -> Tensor:
         rows, columns = (side // self.config.patch_size for side in images.shape[-2:])
@@ -157,17 +154,42 @@ def _attend(
     return block.attn.proj(packed_attention(query, key, value, groups, config.attention).flatten(1))
 
 
-def _residual(
-    tokens: Tensor, groups: Groups, branch, kept: list[Tensor] | None, scale: float, recompute: bool
-) -> Tensor:
-    """``tokens + branch(tokens)``, the branch computed and scaled for the ``kept`` sequences of each group alone.
+def _run(residual, *arguments) -> Tensor:
+    return residual(*arguments)
 
-    With ``recompute`` the backward pass computes the branch again instead of keeping what lies inside it.
-    """
-    if recompute:
-        # Nothing inside is random: who keeps a branch is decided outside.
-        arguments = (tokens, groups, branch, kept, scale, False)
-        return checkpoint(_residual, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+def _recomputed(residual, *arguments) -> Tensor:
+    """The backward pass computes the residual branch again instead of keeping what lies inside it."""
+    # Nothing inside is random: who keeps a branch is decided outside.
+    return checkpoint(residual, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+@compiled
+def _attention_residual(
+    block: nn.Module,
+    tokens: Tensor,
+    groups: Groups,
+    kept: list[Tensor] | None,
+    scale: float,
+    rotations: list[Tensor] | None,
+    config: ModelConfig,
+) -> Tensor:
+    return _residual(lambda x, g: block.ls1(_attend(block, x, g, rotations, config)), tokens, groups, kept, scale)
+
+
+@compiled
+def _mlp_residual(block: nn.Module, tokens: Tensor, groups: Groups, kept: list[Tensor] | None, scale: float) -> Tensor:
+    return _residual(lambda x, _: block.ls2(block.mlp(block.norm2(x))), tokens, groups, kept, scale)
+
+
+@compiled
+def _mlp_of_rows(block: nn.Module, tokens: Tensor, taken: Tensor) -> Tensor:
+    """``taken`` (rows, 1) is the scale of the branch of each row, 0 where it is skipped."""
+    return tokens + block.ls2(block.mlp(block.norm2(tokens))) * taken
+
+
+def _residual(branch, tokens: Tensor, groups: Groups, kept: list[Tensor] | None, scale: float) -> Tensor:
+    """``tokens + branch(tokens)``, the branch computed and scaled for the ``kept`` sequences of each group alone."""
     if kept is None:
         return tokens + branch(tokens, groups)
     rows = _rows(groups, kept)
@@ -210,15 +232,20 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, 
                 parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1).to(query.dtype))
                 start = rows.stop
         return torch.cat(parts)
-    lengths = [length for count, length in groups for _ in range(count)]
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        ends = torch.tensor([0, *lengths], device=query.device).cumsum(0, dtype=torch.int32)
-        return varlen_attn(query, key, value, ends, ends, max(lengths), max(lengths))
+        # Counted on the device: a copy from the host would wait for everything before it.
+        ends, start = [torch.zeros(1, dtype=torch.int64, device=query.device)], 0
+        for count, length in groups:
+            ends.append(start + length * torch.arange(1, count + 1, device=query.device))
+            start += count * length
+        ends, longest = torch.cat(ends).int(), max(length for _, length in groups)
+        return varlen_attn(query, key, value, ends, ends, longest, longest)
     if backend == "xformers":
         from xformers.ops import fmha
 
+        lengths = [length for count, length in groups for _ in range(count)]
         bias = fmha.BlockDiagonalMask.from_seqlens(lengths, device=query.device)
         return fmha.memory_efficient_attention(query[None], key[None], value[None], bias)[0]
     raise ConfigError(f"model.attention: unknown backend {backend!r}")

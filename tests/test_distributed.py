@@ -20,7 +20,7 @@ import torch
 from dino_depth import distributed
 from dino_depth.config import PretrainConfig, save_config
 from dino_depth.errors import ConfigError, Interrupted, ReportedError
-from dino_depth.pretrain import checkpoint, student_teacher, train
+from dino_depth.pretrain import checkpoint, loading, student_teacher, train
 from dino_depth.pretrain.losses import koleo, sinkhorn
 from dino_depth.pretrain.train import pretrain
 
@@ -130,7 +130,7 @@ def alone(tiny, tmp_path) -> Path:
 
 def _noting_positions(config: PretrainConfig, folder: str, stop_at: int = -1):
     """Trains, and notes which positions this rank reads; rank 1 alone gets a signal in step ``stop_at``."""
-    losses, steps, read = student_teacher.student_losses, [], train._Crops.__getitem__
+    losses, steps, read = student_teacher.student_losses, [], loading.Crops.__getitem__
 
     def noted(self, position):
         with open(f"{folder}/positions-{os.environ['RANK']}.txt", "a") as file:
@@ -143,7 +143,7 @@ def _noting_positions(config: PretrainConfig, folder: str, stop_at: int = -1):
             signal.raise_signal(signal.SIGUSR2)
         return losses(*arguments)
 
-    train._Crops.__getitem__, student_teacher.student_losses = noted, disturbed
+    loading.Crops.__getitem__, student_teacher.student_losses = noted, disturbed
     pretrain(config)
 
 
@@ -177,7 +177,7 @@ def test_another_number_of_ranks_continues_the_run_exactly(tiny, tmp_path, alone
 
 def _disturbed(config: PretrainConfig, kind: str):
     """Trains; in step 3 something happens to rank 1."""
-    losses, read, steps = student_teacher.student_losses, train._next, []
+    losses, read, steps = student_teacher.student_losses, train.next_crops, []
 
     def loss(student, batch, targets, config):
         steps.append(1)
@@ -191,12 +191,12 @@ def _disturbed(config: PretrainConfig, kind: str):
                     student.backbone.blocks[1].mlp.fc1.weight[3, 4] += 1e-6
         return losses(student, batch, targets, config)
 
-    def next_batch(loader):
+    def next_batch(*arguments):
         if len(steps) == 3 and distributed.rank() == 1 and kind == "slow":
             time.sleep(12)
-        return read(loader)
+        return read(*arguments)
 
-    student_teacher.student_losses, train._next = loss, next_batch
+    student_teacher.student_losses, train.next_crops = loss, next_batch
     pretrain(config)
 
 

@@ -28,8 +28,9 @@ def sinkhorn_by_the_book(logits, temperature, iterations):
 
 @pytest.mark.parametrize("samples, prototypes", [(7, 33), (64, 16), (1, 5), (40, 1000)])
 @pytest.mark.parametrize("temperature", [0.04, 0.5])
-def test_sinkhorn_equals_the_algorithm(samples, prototypes, temperature):
-    logits = torch.rand(samples, prototypes) * 2 - 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinkhorn_equals_the_algorithm(samples, prototypes, temperature, dtype):
+    logits = (torch.rand(samples, prototypes) * 2 - 1).to(dtype)
     expected = sinkhorn_by_the_book(logits, temperature, 3)
     assert torch.allclose(sinkhorn(logits, temperature, 3).double(), expected, atol=1e-6, rtol=1e-4)
 

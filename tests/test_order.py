@@ -11,8 +11,8 @@ import yaml
 
 from dino_depth.config import DataConfig, PretrainConfig, load_config, parse, save_config
 from dino_depth.errors import ConfigError
+from dino_depth.pretrain import loading, train
 from dino_depth.pretrain import order as orders
-from dino_depth.pretrain import train
 from dino_depth.pretrain.order import DATASET, SCENE, EndlessOrder, epoch_shares
 from dino_depth.pretrain.train import pretrain
 
@@ -264,11 +264,11 @@ def test_two_ranks_share_out_exactly_what_one_reads(tiny, monkeypatch):
     tiny.train.batch, tiny.train.accumulate, tiny.train.steps = 8, 2, 20
     described, data = SETTINGS["weighted scenes"]
     order = EndlessOrder(described, data, 0)
-    monkeypatch.setattr(train.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(loading.distributed, "world_size", lambda: 2)
     read = [[] for _ in range(tiny.train.steps)]
     for rank in range(2):
-        monkeypatch.setattr(train.distributed, "rank", lambda rank=rank: rank)
-        for turn, positions in enumerate(train._positions(tiny, 0)):
+        monkeypatch.setattr(loading.distributed, "rank", lambda rank=rank: rank)
+        for turn, positions in enumerate(loading.positions(tiny, 0)):
             read[turn // 2] += [order[position] for position in positions]
     alone = slow_sequence(described, data, 0, 20)
     assert [sorted(step) for step in read] == [sorted(alone[8 * s : 8 * s + 8]) for s in range(20)]

@@ -19,7 +19,7 @@ import torch
 
 from dino_depth.config import HealthConfig, PretrainConfig, save_config
 from dino_depth.errors import ConfigError, DataError, GateError, Interrupted, ReportedError
-from dino_depth.pretrain import checkpoint, student_teacher, train
+from dino_depth.pretrain import checkpoint, loading, student_teacher, train
 from dino_depth.pretrain.health import CollapseGate, measure, rankme
 from dino_depth.pretrain.order import EndlessOrder
 from dino_depth.pretrain.shards import DepthShards
@@ -142,11 +142,11 @@ def test_another_seed_changes_everything(tiny, tmp_path, uninterrupted):
 @pytest.mark.parametrize("batch, passes, ranks", [(8, 1, 1), (8, 2, 2), (12, 3, 1)])
 def test_every_sample_once_per_epoch_whoever_reads_it(tiny, monkeypatch, batch, passes, ranks):
     config = copy(tiny, "run", train={"batch": batch, "accumulate": passes, "steps": 30})
-    monkeypatch.setattr(train.distributed, "world_size", lambda: ranks)
+    monkeypatch.setattr(loading.distributed, "world_size", lambda: ranks)
     seen = [[] for _ in range(config.train.steps)]
     for rank in range(ranks):
-        monkeypatch.setattr(train.distributed, "rank", lambda rank=rank: rank)
-        for turn, positions in enumerate(train._positions(config, 0)):
+        monkeypatch.setattr(loading.distributed, "rank", lambda rank=rank: rank)
+        for turn, positions in enumerate(loading.positions(config, 0)):
             seen[turn // passes] += positions
     assert [sorted(step) for step in seen] == [list(range(s * batch, (s + 1) * batch)) for s in range(30)]
     order = EndlessOrder([{}] * 60, config.data, config.train.seed)
@@ -160,7 +160,7 @@ def test_accumulated_gradients_are_the_mean_over_passes(tiny, tmp_path, monkeypa
     monkeypatch.setattr(train, "clip", lambda student, largest: _record(student, gradients))
     once = copy(tiny, tmp_path / "one", train={"steps": 1, "batch": 4}, model={"drop_path": 0.0})
     pretrain(once)
-    monkeypatch.setattr(train, "_positions", lambda config, first: [[4, 5, 6, 7]])
+    monkeypatch.setattr(loading, "positions", lambda config, first: [[4, 5, 6, 7]])
     pretrain(copy(once, tmp_path / "two"))
     monkeypatch.undo()
     monkeypatch.setattr(train, "clip", lambda student, largest: _record(student, gradients))

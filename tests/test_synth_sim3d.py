@@ -260,7 +260,7 @@ def test_nuisances_lose_and_disturb_what_the_preset_says():
 
 def test_presets_grow_harder():
     clean, mild, hard = (PRESETS[name] for name in ("clean", "mild", "hard"))
-    for key in ("light", "glare", "blobs", "rotation", "translation", "background"):
+    for key in ("light", "glare", "blobs", "dropout", "rotation", "translation", "background"):
         assert getattr(clean, key) == 0 < getattr(mild, key) < getattr(hard, key)
     assert mild.amplitude > hard.amplitude
 

@@ -1,8 +1,14 @@
-"""DINO, iBOT and KoLeo losses and Sinkhorn-Knopp centering, without float32 logits of all rows at once."""
+"""DINO, iBOT and KoLeo losses and Sinkhorn-Knopp centering, without float32 logits of all rows at once.
+
+Logits of thousands of rows over 65,536 prototypes are read and written many times for a few operations each. On a CPU
+they are worked on a few rows at a time, while they lie in cache. On a GPU in a run that compiles, each pass over them
+is one kernel that reads them as they are, computes exponentials on the way and writes only what the pass is for.
+"""
 
 import torch
 from torch import Tensor
 
+from dino_depth.compiled import compiled, is_compiling, vary
 from dino_depth.distributed import all_gather, all_max, all_sum
 
 __all__ = ["koleo", "matmul_dtype", "prototype_cross_entropy", "sinkhorn"]
@@ -32,8 +38,11 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int) -> Tensor:
     """
     if iterations == 0:
         return (logits.float() / temperature).softmax(-1)
-    count = all_sum(torch.tensor(float(len(logits)), device=logits.device))
+    # Filled on the device: a copy from the host would wait for everything before it.
+    count = all_sum(torch.full((), float(len(logits)), device=logits.device))
     largest = all_max(logits.max().float() if len(logits) else torch.tensor(-torch.inf, device=logits.device))
+    if _fuses(logits):
+        return _sinkhorn_in_passes(logits, temperature, iterations, count, largest)
     kernel = torch.empty(logits.shape, device=logits.device)
     chunks = range(0, len(logits), CACHE_ROWS if logits.device.type == "cpu" else max(1, len(logits)))
     prototypes = logits.shape[1]
@@ -41,7 +50,8 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int) -> Tensor:
     tiny = torch.finfo(mass.dtype).tiny
     for start in chunks:
         rows = slice(start, start + chunks.step)
-        part = torch.sub(logits[rows], largest, out=kernel[rows]).mul_(1 / temperature).exp_()
+        # Widened first: a difference of bfloat16 logits would be rounded to bfloat16, then divided by the temperature.
+        part = kernel[rows].copy_(logits[rows]).sub_(largest).mul_(1 / temperature).exp_()
         mass += part.sum(0)
     for iteration in range(iterations):
         per_prototype = 1 / (prototypes * all_sum(mass).clamp_min(tiny))  # u
@@ -54,6 +64,79 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int) -> Tensor:
             else:
                 part.mul_(per_prototype).mul_(per_sample[:, None])
     return kernel
+
+
+def _fuses(logits: Tensor) -> bool:
+    return is_compiling() and logits.is_cuda
+
+
+def _sinkhorn_in_passes(logits: Tensor, temperature: float, iterations: int, count: Tensor, largest: Tensor) -> Tensor:
+    """:func:`sinkhorn` in 2 * iterations passes over ``logits``, which keep no kernel.
+
+    Args:
+        count: () samples of all ranks.
+        largest: () logit of all ranks.
+    """
+    prototypes, tiny = logits.shape[1], torch.finfo(torch.float32).tiny
+    # A tensor, because the temperature is scheduled and a number would be compiled in.
+    sharpness = torch.full((), 1 / temperature, device=logits.device)
+    per_sample = torch.ones(len(logits), device=logits.device)
+    for iteration in range(iterations):
+        vary(logits, per_sample)
+        mass = all_sum(_prototype_masses(logits, largest, sharpness, per_sample))
+        per_prototype = 1 / (prototypes * mass.clamp_min(tiny))
+        if iteration < iterations - 1:
+            per_sample = 1 / _sample_masses(logits, largest, sharpness, per_prototype).clamp_min(tiny) / count
+    return _balanced(logits, largest, sharpness, per_prototype)
+
+
+@compiled
+def _prototype_masses(logits: Tensor, largest: Tensor, sharpness: Tensor, per_sample: Tensor) -> Tensor:
+    """(K,) E^T v."""
+    return (((logits.float() - largest) * sharpness).exp() * per_sample[:, None]).sum(0)
+
+
+@compiled
+def _sample_masses(logits: Tensor, largest: Tensor, sharpness: Tensor, per_prototype: Tensor) -> Tensor:
+    """(samples,) E u."""
+    return (((logits.float() - largest) * sharpness).exp() * per_prototype).sum(1)
+
+
+@compiled
+def _balanced(logits: Tensor, largest: Tensor, sharpness: Tensor, per_prototype: Tensor) -> Tensor:
+    """(samples, K) rows of E diag(u), normalised."""
+    rows = ((logits.float() - largest) * sharpness).exp() * per_prototype
+    return rows / rows.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+@compiled
+def _cross_entropy(
+    logits: Tensor, targets: Tensor, index: Tensor, weights: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The loss () of a few rows, and its gradient (rows, K) with respect to their ``logits``, in the same type."""
+    values, wanted = logits.float() * (1 / temperature), targets[index]
+    mass, normalizer = wanted.sum(1), values.logsumexp(1)
+    loss = (weights * (mass * normalizer - (wanted * values).sum(1))).sum()
+    gradient = (values - normalizer[:, None]).exp() * mass[:, None] - wanted
+    return loss, (gradient * (weights[:, None] / temperature)).to(logits.dtype)
+
+
+def _cross_entropy_in_cache(
+    logits: Tensor, targets: Tensor, index: Tensor, weights: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_cross_entropy`; the gradient takes the place of ``logits``."""
+    total = torch.zeros((), device=logits.device)
+    step = CACHE_ROWS if logits.device.type == "cpu" else MATMUL_ROWS
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        part, wanted = logits[rows], targets[index[rows]]
+        mass = wanted.sum(1)
+        values = part.float().mul_(1 / temperature)
+        normalizer = values.logsumexp(1)
+        total += weights[rows] @ (mass * normalizer - torch.linalg.vecdot(wanted, values))
+        gradient = values.sub_(normalizer[:, None]).exp_().mul_(mass[:, None]).sub_(wanted)
+        part.copy_(gradient.mul_(weights[rows, None] / temperature))
+    return total, logits
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
@@ -70,19 +153,12 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             for start in range(0, len(features), MATMUL_ROWS):
                 rows = slice(start, start + MATMUL_ROWS)
                 logits = narrow_features[rows] @ narrow_prototypes.T  # (rows, K)
-                step = CACHE_ROWS if features.device.type == "cpu" else MATMUL_ROWS
-                for first in range(0, len(logits), step):
-                    part = logits[first : first + step]
-                    at = slice(start + first, start + first + len(part))
-                    wanted = targets[index[at]]
-                    mass = wanted.sum(1)
-                    values = part.float().mul_(1 / temperature)
-                    normalizer = values.logsumexp(1)
-                    total += weights[at] @ (mass * normalizer - torch.linalg.vecdot(wanted, values))
-                    gradient = values.sub_(normalizer[:, None]).exp_().mul_(mass[:, None]).sub_(wanted)
-                    part.copy_(gradient.mul_(weights[at, None] / temperature))
-                feature_gradient[rows] = logits @ narrow_prototypes
-                prototype_gradient += logits.T @ narrow_features[rows]
+                cross_entropy = _cross_entropy if _fuses(logits) else _cross_entropy_in_cache
+                vary(logits, targets, chosen := index[rows], weight := weights[rows])
+                loss, gradient = cross_entropy(logits, targets, chosen, weight, temperature)
+                total += loss
+                feature_gradient[rows] = gradient @ narrow_prototypes
+                prototype_gradient += gradient.T @ narrow_features[rows]
         ctx.save_for_backward(feature_gradient, prototype_gradient)
         ctx.dtype = features.dtype
         return total

@@ -26,7 +26,7 @@ __all__ = ["RunFolder", "git_revision", "library_versions"]
 FREE = {
     "out", "resume", "data.shards", "data.cache", "data.cache_gib", "data.workers", "data.resident", "model.attention",
     "train.checkpoint_every", "train.keep", "train.log_every", "train.evaluate_every", "train.threads", "train.timeout",
-    "train.device",
+    "train.device", "train.compile",
 }  # fmt: skip
 PACKAGES = (
     "torch",

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dino_depth.compiled import compiled, vary
 from dino_depth.config import PretrainConfig
 from dino_depth.pretrain.heads import PrototypeHead
 from dino_depth.pretrain.losses import koleo, matmul_dtype, prototype_cross_entropy, sinkhorn
@@ -73,14 +74,11 @@ class Batch:
         length, small = prefix + masks.shape[1], prefix + (local_crops.shape[-1] // model.patch_size) ** 2
         classes = torch.arange(len(masks)) * length
         locals_ = len(masks) * length + torch.arange(local_crops.shape[0] * local_crops.shape[1]) * small
-        parts = (
-            global_crops.transpose(0, 1).flatten(0, 1),
-            local_crops.transpose(0, 1).flatten(0, 1),
-            masks,
-            weights,
-            torch.cat([classes, crop * length + prefix + patch, locals_]),
-        )
-        return cls(*(part.to(device, non_blocking=True) for part in parts), _to_device(kept, device))
+        needed = torch.cat([classes, crop * length + prefix + patch, locals_])
+        parts = [part.to(device, non_blocking=True) for part in (global_crops, local_crops, masks, weights, needed)]
+        # Rearranged there: the loader's memory is pinned, a rearranged copy of it would not be.
+        parts[:2] = (crops.transpose(0, 1).flatten(0, 1) for crops in parts[:2])
+        return cls(*parts, _to_device(kept, device))
 
 
 def _to_device(kept: list[list[np.ndarray]] | None, device: torch.device) -> list[list[Tensor]] | None:
@@ -89,7 +87,9 @@ def _to_device(kept: list[list[np.ndarray]] | None, device: torch.device) -> lis
         return None
     parts = [part for sets in kept for part in sets]
     sizes = [len(part) for part in parts]
-    moved = iter(torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True).split(sizes))
+    moved = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True).split(sizes)
+    vary(*moved)
+    moved = iter(moved)
     return [[next(moved) for _ in sets] for sets in kept]
 
 
@@ -110,6 +110,11 @@ class Targets:
     patch_features: Tensor
 
 
+@compiled
+def _project(head: PrototypeHead, tokens: Tensor) -> Tensor:
+    return head(tokens)
+
+
 @torch.no_grad()
 def teacher_targets(teacher: Networks, batch: Batch, temperature: float, iterations: int) -> Targets:
     """The teacher sees whole global crops; its assignments are balanced by Sinkhorn-Knopp."""
@@ -117,10 +122,11 @@ def teacher_targets(teacher: Networks, batch: Batch, temperature: float, iterati
     needed = batch.needed[: crops + len(batch.mask_weights)]
     tokens = teacher.backbone.forward_packed([batch.global_crops], [None], needed=needed)
     classes, hidden = tokens[:crops], tokens[crops:]  # (2 maps, dim), (hidden, dim)
+    vary(classes, hidden)
     targets = []
     for head, rows in ((teacher.dino_head, classes), (teacher.ibot_head, hidden)):
         dtype = matmul_dtype(rows.device)
-        logits = head(rows).to(dtype) @ head.prototypes().to(dtype).T  # (rows, K)
+        logits = _project(head, rows).to(dtype) @ head.prototypes().to(dtype).T  # (rows, K)
         targets.append(sinkhorn(logits, temperature, iterations))
     return Targets(*targets, classes, hidden)
 
@@ -145,11 +151,12 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
     index = torch.arange(2 * maps, device=classes.device)
     index = torch.cat([index, (2 * maps + torch.arange(maps, device=classes.device)).repeat(locals_)])
     weights = torch.full((len(classes),), 1 / (maps * (2 + 2 * locals_)), device=classes.device)
-    head = student.dino_head
-    dino = prototype_cross_entropy(head(classes), head.prototypes(), wanted, index, weights, loss.student_temperature)
+    vary(classes, hidden)
+    head, features = student.dino_head, _project(student.dino_head, classes)
+    dino = prototype_cross_entropy(features, head.prototypes(), wanted, index, weights, loss.student_temperature)
     head = student.ibot_head
     ibot = prototype_cross_entropy(
-        head(hidden),
+        _project(head, hidden),
         head.prototypes(),
         targets.patches,
         torch.arange(len(hidden), device=hidden.device),

@@ -9,31 +9,28 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dino_depth import distributed
+from dino_depth.compiled import compiling, probe_compiler
 from dino_depth.config import PretrainConfig
-from dino_depth.depth import normalize
 from dino_depth.device import autocast, has_bfloat16_units, pick_device, reuse_memory
 from dino_depth.errors import ConfigError, Interrupted, ReportedError
 from dino_depth.pretrain import checkpoint
-from dino_depth.pretrain.crops import check_crops, multi_crop
+from dino_depth.pretrain.crops import check_crops
 from dino_depth.pretrain.health import CollapseGate, measure
 from dino_depth.pretrain.in_loop import Evaluations, check_evaluation
 from dino_depth.pretrain.initialize import initialize
-from dino_depth.pretrain.masks import draw_masks
+from dino_depth.pretrain.loading import SIGNALS, make_loader, next_crops, order_of, place
 from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
-from dino_depth.pretrain.order import EndlessOrder
+from dino_depth.pretrain.resident import ResidentMaps
 from dino_depth.pretrain.run_folder import RunFolder
 from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.student_teacher import Batch, Networks, Student, teacher_targets, update_teacher
 from dino_depth.progress import Progress, peak_memory
 from dino_depth.vit import probe_attention
 
-__all__ = ["check_settings", "make_loader", "pretrain"]
+__all__ = ["check_settings", "pretrain"]
 
-# Ctrl-C, the end of an allocation or a preemption, and what Slurm and submitit send before a time limit.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 BAD_STEPS = 3  # steps without a finite loss, in a row, that end a run
 PARTS = ("backbone", "dino_head", "ibot_head")
 SCHEDULED = ("lr", "weight_decay", "momentum", "teacher_temperature")
@@ -57,83 +54,6 @@ class _Stop:
             signal.signal(number, handler)
 
 
-def _order(shards: DepthShards, config: PretrainConfig) -> EndlessOrder:
-    return EndlessOrder([entry.meta for entry in shards.entries], config.data, config.train.seed)
-
-
-class _Crops(Dataset):
-    """Position -> crops of the map there: the same ones, whoever asks."""
-
-    def __init__(self, shards: DepthShards, config: PretrainConfig):
-        self.shards, self.config = shards, config
-        self.order = _order(shards, config)
-
-    def __getitem__(self, position: int):
-        try:
-            depth_map, _ = self.shards.sample(self.order[position])
-        except ReportedError as error:
-            return error  # raised in the training process, without the worker's trace around it
-        values = normalize(depth_map, self.config.data.normalization)
-        seed, grid = self.config.train.seed, self.config.crops.global_size // self.config.model.patch_size
-        crops = multi_crop(values, depth_map.valid, self.config.crops, seed, position)
-        return *crops, torch.from_numpy(draw_masks(grid, self.config.loss, seed, position))
-
-
-def _positions(config: PretrainConfig, first_step: int):
-    """This rank's positions of every backward pass from ``first_step`` to the end.
-
-    A step takes the next ``batch`` positions, dealt in blocks to (pass, rank): the number of ranks and passes does not
-    change which maps a step sees.
-    """
-    block = config.train.batch // (distributed.world_size() * config.train.accumulate)
-    for step in range(first_step, config.train.steps):
-        for turn in range(config.train.accumulate):
-            start = step * config.train.batch + _place(config, turn)
-            yield list(range(start, start + block))
-
-
-def _place(config: PretrainConfig, turn: int) -> int:
-    """Where in a step's batch this rank's maps of a pass begin."""
-    ranks = distributed.world_size()
-    return (turn * ranks + distributed.rank()) * (config.train.batch // (ranks * config.train.accumulate))
-
-
-def _collate(samples: list):
-    return next((sample for sample in samples if isinstance(sample, Exception)), None) or default_collate(samples)
-
-
-def _next(loader) -> list[torch.Tensor]:
-    try:
-        crops = next(loader)
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            text = " ".join(str(error).split())
-            raise ReportedError(f"{text} Try fewer data.workers, or 0; dino-depth doctor shows memory.") from None
-        raise
-    if isinstance(crops, Exception):
-        raise crops
-    return crops
-
-
-def _quiet_worker(_):
-    # Ctrl-C and Slurm's signals reach every process; the training process decides when its workers end.
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def make_loader(shards: DepthShards, config: PretrainConfig, first_step: int, device: torch.device):
-    return iter(
-        DataLoader(
-            _Crops(shards, config),
-            batch_sampler=_positions(config, first_step),
-            num_workers=config.data.workers,
-            collate_fn=_collate,
-            worker_init_fn=_quiet_worker,
-            pin_memory=device.type == "cuda",
-        )
-    )
-
-
 def check_settings(config: PretrainConfig, ranks: int, shards: DepthShards | None = None):
     """Refuses what cannot work on any machine; without ``shards``, what shows before they are there.
 
@@ -151,7 +71,7 @@ def check_settings(config: PretrainConfig, ranks: int, shards: DepthShards | Non
         )
     if train.batch // (train.accumulate * ranks) < 2 and config.loss.koleo_weight:
         raise ConfigError("KoLeo needs at least 2 maps per pass and process: raise train.batch or lower accumulate")
-    if shards and (count := _order(shards, config).count) < train.batch:
+    if shards and (count := order_of(shards, config).count) < train.batch:
         raise ConfigError(f"{config.data.shards}: {count} samples are too few for train.batch {train.batch}")
     check_crops(config.crops)
     if shards:
@@ -165,6 +85,10 @@ def _check_attention(config: PretrainConfig, device: torch.device):
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     if reason := probe_attention(config.model.attention, device.type, dtype):
         raise ConfigError(f"model.attention {config.model.attention} does not work here: {reason}")
+    if config.train.compile and config.model.attention == "xformers":
+        raise ConfigError("train.compile needs model.attention grouped or varlen: xformers is compiled anew every step")
+    if config.train.compile and (reason := probe_compiler(device)):
+        raise ConfigError(f"train.compile does not work here: {reason}")
 
 
 def pretrain(config: PretrainConfig):
@@ -219,21 +143,22 @@ def _run(config: PretrainConfig, device: torch.device, closing: contextlib.ExitS
         first, bad = state["step"], state["bad"]
     distributed.require_equal("the step they start from", first)
     distributed.require_equal_weights({"student": student, "teacher": teacher}, first)
-    if config.data.resident:
+    resident = ResidentMaps(shards, config.data, device) if config.data.on_device else None
+    if config.data.resident and resident is None:
         shards.make_resident()
     run.open_metrics(first)
     products = "bfloat16" if config.train.precision == "bf16" and has_bfloat16_units(device) else "float32"
     begun, ranks = "resumed" if first else "started", distributed.world_size()
     where = f"{ranks} x {device.type}" if ranks > 1 else device
     run.log.info("%s at step %d of %d on %s, %s products", begun, first, config.train.steps, where, products)
-    with _Stop() as stop, Evaluations(config, run) as evaluations:
-        _loop(config, device, shards, student, teacher, optimizer, gate, run, evaluations, first, bad, stop)
+    with compiling(config.train.compile), _Stop() as stop, Evaluations(config, run) as evaluations:
+        _loop(config, device, shards, resident, student, teacher, optimizer, gate, run, evaluations, first, bad, stop)
         evaluations.finish(stop)
 
 
 @contextlib.contextmanager
-def _loading(shards: DepthShards, config: PretrainConfig, first_step: int, device: torch.device):
-    loader = make_loader(shards, config, first_step, device)
+def _loading(shards: DepthShards, config: PretrainConfig, first_step: int, device: torch.device, resident):
+    loader = make_loader(shards, config, first_step, device, resident and resident.validity)
     try:
         yield loader
     finally:
@@ -241,7 +166,7 @@ def _loading(shards: DepthShards, config: PretrainConfig, first_step: int, devic
         getattr(loader, "_shutdown_workers", lambda: None)()
 
 
-def _loop(config, device, shards, student, teacher, optimizer, gate, run, evaluations, first, bad, stop):
+def _loop(config, device, shards, resident, student, teacher, optimizer, gate, run, evaluations, first, bad, stop):
     train, passes, ranks = config.train, config.train.accumulate, distributed.world_size()
     since, since_step, seconds_waiting = time.perf_counter(), first, 0.0
     progress = Progress("pretrain", train.steps, "steps", first) if run.writes else contextlib.nullcontext()
@@ -263,7 +188,7 @@ def _loop(config, device, shards, student, teacher, optimizer, gate, run, evalua
         distributed.barrier()  # a rank that ended now could take the one that writes with it
 
     evaluations.update(first, teacher)
-    with progress, _loading(shards, config, first, device) as loader:
+    with progress, _loading(shards, config, first, device, resident) as loader:
         for step in range(first, train.steps):
             now = schedule(config, step)
             set_rates(optimizer, now)
@@ -271,7 +196,7 @@ def _loop(config, device, shards, student, teacher, optimizer, gate, run, evalua
             for turn in range(passes):
                 distributed.note(step, "reading maps")
                 waiting = time.perf_counter()
-                batch = Batch.make(*_next(loader), device, config, step, _place(config, turn))
+                batch = Batch.make(*next_crops(loader, config, resident), device, config, step, place(config, turn))
                 seconds_waiting += time.perf_counter() - waiting
                 distributed.note(step, "computing")
                 with contextlib.nullcontext() if ranks == 1 or turn == passes - 1 else paying.no_sync():

@@ -1,0 +1,139 @@
+"""Maps that live on the training device, where the crops of a batch are made in one resampling per size of map.
+
+What is kept is the network's input, ``depth.normalize``, as 16-bit codes: 0 where missing, 1..65535 linear between the
+map's smallest and largest value. Values are within half a code, (largest - smallest) / 65534 / 2, of what the loader
+crops from; validity, and so which crops are drawn for a (seed, position), is the same. The loader's workers then only
+draw crops and masks: they keep one bit a pixel and never touch the device.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dino_depth import distributed
+from dino_depth.config import CropConfig, DataConfig
+from dino_depth.depth import Normalization, normalize
+from dino_depth.errors import ConfigError, ReportedError
+from dino_depth.pretrain.crops import GLOBAL_CROPS
+from dino_depth.pretrain.shards import DepthShards
+from dino_depth.progress import Progress
+from dino_depth.resample import Pyramid
+
+__all__ = ["ResidentMaps", "Validity"]
+
+CODES = 65534  # steps between the smallest and the largest code of a valid pixel
+TOGETHER = 32  # maps resampled at once: bounds what a batch of large maps needs beside them
+
+
+class Validity:
+    """Which pixels of each map are valid, one bit each."""
+
+    def __init__(self):
+        self.shapes: list[tuple[int, int]] = []
+        self._bits: list[np.ndarray] = []
+
+    def append(self, valid: np.ndarray):
+        self.shapes.append(valid.shape)
+        self._bits.append(np.packbits(valid))
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """(height, width) bool."""
+        height, width = self.shapes[index]
+        return np.unpackbits(self._bits[index], count=height * width).reshape(height, width).view(bool)
+
+
+class _Inputs(Dataset):
+    def __init__(self, shards: DepthShards, normalization: Normalization):
+        self.shards, self.normalization = shards, normalization
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int):
+        try:
+            depth_map, _ = self.shards.sample(index)
+        except ReportedError as error:
+            return error
+        return _encode(normalize(depth_map, self.normalization), depth_map.valid)
+
+
+def _encode(values: np.ndarray, valid: np.ndarray) -> tuple[Tensor, float, float]:
+    """The codes' bits (height, width) int16, the smallest value and the step between codes."""
+    seen = values[valid].astype(np.float64)
+    smallest, step = float(seen.min()), float(np.ptp(seen)) / CODES or 1.0
+    codes = np.zeros(values.shape, np.uint16)
+    codes[valid] = np.rint((seen - smallest) / step) + 1
+    return torch.from_numpy(codes.view(np.int16)), smallest, step  # torch does little with uint16
+
+
+class ResidentMaps:
+    """Every map of ``shards`` on ``device``.
+
+    Args:
+        data: its ``normalization``, and its ``workers``, which decode.
+
+    Raises:
+        ConfigError: the device has not enough memory.
+        DataError: a map does not decode.
+    """
+
+    def __init__(self, shards: DepthShards, data: DataConfig, device: torch.device):
+        self.validity, self.device = Validity(), device
+        self._codes: list[Tensor] = []
+        scales = []
+        shown = Progress("maps to the device", len(shards), "maps") if distributed.rank() == 0 else nullcontext()
+        try:
+            with shown as progress:
+                for codes, smallest, step in self._read(shards, data):
+                    self.validity.append(codes.numpy() != 0)
+                    self._codes.append(codes.to(device))
+                    scales.append((smallest, step))
+                    if progress:
+                        progress.advance()
+        except torch.OutOfMemoryError:
+            size = sum(codes.nbytes for codes in self._codes) * len(shards) / max(1, len(self._codes)) / 2**30
+            raise ConfigError(
+                f"data.on_device: {len(shards)} maps of some {size:.0f} GiB do not fit {device}"
+            ) from None
+        self._scales = torch.tensor(scales, dtype=torch.float32, device=device)  # (maps, 2)
+
+    @staticmethod
+    def _read(shards: DepthShards, data: DataConfig) -> Iterator[tuple[Tensor, float, float]]:
+        for item in DataLoader(_Inputs(shards, data.normalization), batch_size=None, num_workers=data.workers):
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def crop(self, indices: Tensor, affines: Tensor, config: CropConfig) -> tuple[Tensor, Tensor]:
+        """Global (maps, 2, 1, S, S) and local (maps, local_crops, 1, s, s) crops, as ``crops.multi_crop`` makes them.
+
+        Args:
+            indices: (maps,) in the shards.
+            affines: (maps, crops, 2, 3) float64 of ``crops.draw_crops``.
+        """
+        maps, sizes = len(indices), (config.global_size, config.local_size)
+        counts = (GLOBAL_CROPS, affines.shape[1] - GLOBAL_CROPS)
+        results = [
+            torch.empty(maps, count, 1, size, size, device=self.device)
+            for count, size in zip(counts, sizes, strict=True)
+        ]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for place, index in enumerate(indices.tolist()):
+            alike.setdefault(self.validity.shapes[index], []).append(place)
+        for places in alike.values():
+            for start in range(0, len(places), TOGETHER):
+                chosen = places[start : start + TOGETHER]
+                pyramid = self._pyramid(indices[chosen])
+                for crops, part in zip(results, affines[chosen].split(counts, 1), strict=True):
+                    crops[chosen] = pyramid.sample(part.numpy(), crops.shape[-1])
+        return results[0], results[1]
+
+    def _pyramid(self, indices: Tensor) -> Pyramid:
+        """Of maps of one size."""
+        codes = torch.stack([self._codes[index] for index in indices.tolist()]).int() & 0xFFFF
+        smallest, step = self._scales[indices.to(self.device)].T[:, :, None, None]
+        return Pyramid((codes - 1) * step + smallest, codes > 0)
