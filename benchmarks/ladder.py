@@ -38,7 +38,7 @@ CFM_VIEW = ("CFM conditioned on the view", VIEW)
 
 
 def source_rows() -> dict[str, tuple[str, list[str]]]:
-    counts = {f"sources_{k}": (f"{k} sources", ["--head.modmap.sources", str(k)]) for k in (1, 2, 4, 8)}
+    counts = {f"sources_{k}": (f"sources: {k}", ["--head.modmap.sources", str(k)]) for k in (1, 2, 4)}
     return {"target": ("source = target only", ["--head.modmap.sources", "target"]), **counts, "modmap": MODMAP}
 
 
@@ -65,8 +65,6 @@ TABLES = {
             [*VIEW, "--head.modmap.tokens", "{pair_cells}"],
         ),
         "patchcore": ("PatchCore, both modalities", ["--head.name", "patchcore"]),
-        "patchcore_image": ("PatchCore, image", ["--head.name", "patchcore", "--head.patchcore.modality", "image"]),
-        "patchcore_depth": ("PatchCore, depth", ["--head.name", "patchcore", "--head.patchcore.modality", "depth"]),
     }),
     "modalities": ("modmap", {
         "modmap": ("maximum of both maps", []),
