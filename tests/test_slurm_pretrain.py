@@ -457,6 +457,21 @@ def test_lost_processes_and_a_cancelled_job(cluster, training, expected):
     assert_same(run.finish(), expected)
 
 
+def test_a_cancelled_run_comes_back_on_another_number_of_nodes_and_processes(cluster, training, expected):
+    run = Run(cluster, training, "elastic")
+    printed = run.submit("--nodes 2 --gpus-per-node 2", "--train.device", "cpu")
+    assert f"{run.path} on 2 nodes, 4 processes" in printed
+    run.goes_on(0)
+    run.slurm("scancel", run.id)
+    until(lambda: not run.slurm("squeue", "--noheader", f"--jobs={run.id}"))
+    assert "on 1 nodes, 1 processes, from step " in run.submit("--nodes 1")
+    found, wanted = run.finish()["teacher"], expected["teacher"]
+    apart = sum((found[key] - wanted[key]).square().sum() for key in wanted).sqrt()
+    size = sum(wanted[key].square().sum() for key in wanted).sqrt()
+    # Sums are rounded in another order; a state twenty steps older is 3e-4 away.
+    assert apart <= 1e-4 * size
+
+
 def test_settings_that_changed_end_the_job_for_good_with_their_exit_code(cluster, training, expected):
     """On two processes of one node."""
     run = Run(cluster, training, "uninterrupted")
