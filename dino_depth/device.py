@@ -15,9 +15,10 @@ __all__ = ["autocast", "has_bfloat16_units", "pick_device", "reuse_memory"]
 def has_bfloat16_units(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones.
 
-    A CPU without AMX does not: float32 was 1.5 times as fast where it was measured.
+    A CPU without AMX or AVX-512 BF16 does not: float32 was 1.5 times as fast there. With the latter bfloat16 was 4
+    times as fast.
     """
-    return device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
