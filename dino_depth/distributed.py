@@ -215,8 +215,8 @@ def naming_the_cause() -> Iterator[None]:
         line = " ".join(str(error).split())
         with contextlib.suppress(RuntimeError):
             _store.set(f"ended/{rank()}", "" if lost else f"{getattr(error, 'exit_code', 1)} {line}")
-        cause = _cause(line) if lost else None
-        _leave()
+        cause, missing = _cause(line) if lost else (None, [])
+        _leave(missing)
         if cause is not None:
             raise cause from None
         raise
@@ -231,26 +231,28 @@ def _is_connection(error: Exception) -> bool:
     )
 
 
-def _cause(line: str) -> ReportedError:
-    """What the store says about the ranks that others wait for."""
+def _cause(line: str) -> tuple[ReportedError, list[int]]:
+    """What the store says about the ranks that others wait for, and those that said nothing in time."""
     ranks, deadline = range(world_size()), time.monotonic() + GRACE_SECONDS
     try:
-        while not _store.check([f"ended/{number}" for number in ranks]) and time.monotonic() < deadline:
+        while True:
+            ended = {number: _found(f"ended/{number}") for number in ranks}
+            for number, said in ended.items():
+                if said:
+                    code, _, reason = said.partition(" ")
+                    error = ReportedError(f"{_named(number)} failed: {reason}")
+                    error.exit_code = int(code)
+                    return error, []
+            if None not in ended.values() or time.monotonic() > deadline:
+                break
             time.sleep(0.1)
-        ended = {number: _found(f"ended/{number}") for number in ranks}
-        for number, said in ended.items():
-            if said:
-                code, _, reason = said.partition(" ")
-                error = ReportedError(f"{_named(number)} failed: {reason}")
-                error.exit_code = int(code)
-                return error
         missing = [number for number, said in ended.items() if said is None]
         if not missing:
-            return ReportedError(f"rank {rank()}: the ranks lost each other: {line[:200]}")
+            return ReportedError(f"rank {rank()}: the ranks lost each other: {line[:200]}"), []
         silent = "; ".join(f"{_named(number)} {_last_seen(number)}" for number in missing)
-        return ReportedError(f"{silent}. It is dead or too slow (timeout {_timeout:.0f} s): {line[:160]}")
+        return ReportedError(f"{silent}. It is dead or too slow (timeout {_timeout:.0f} s): {line[:160]}"), missing
     except RuntimeError:
-        return ReportedError(f"rank 0, whose process keeps the list of ranks, is gone: {line[:200]}")
+        return ReportedError(f"rank 0, whose process keeps the list of ranks, is gone: {line[:200]}"), []
 
 
 def _found(key: str) -> str | None:
@@ -269,17 +271,16 @@ def _last_seen(number: int) -> str:
     return f"does not answer; it was last seen in step {step}, {doing}, {time.time() - float(moment):.0f} s ago"
 
 
-def _leave():
-    """Lets the process that may keep the store for all wait until the others have read it."""
+def _leave(missing: list[int]):
+    """Lets the process that may keep the store for all wait until the others have read it, the ``missing`` excepted."""
+    here, others = rank(), [number for number in range(world_size()) if number not in missing]
     with contextlib.suppress(RuntimeError):
-        _store.set(f"left/{rank()}", "")
+        _store.set(f"left/{here}", "")
+        if here:
+            return
+        dist.destroy_process_group()  # closes the connections, by which the others notice
         deadline = time.monotonic() + GRACE_SECONDS + 1
-        while rank() == 0 and time.monotonic() < deadline:
-            # A rank that is dead or stuck will never read.
-            if all(
-                _store.check([f"left/{number}"]) for number in range(world_size()) if _found(f"ended/{number}") == ""
-            ):
-                break
+        while not _store.check([f"left/{number}" for number in others]) and time.monotonic() < deadline:
             time.sleep(0.1)
 
 

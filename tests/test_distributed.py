@@ -19,7 +19,7 @@ import torch
 
 from dino_depth import distributed
 from dino_depth.config import PretrainConfig, save_config
-from dino_depth.errors import ConfigError, Interrupted, ReportedError
+from dino_depth.errors import ConfigError, DataError, Interrupted, ReportedError
 from dino_depth.pretrain import checkpoint, loading, student_teacher, train
 from dino_depth.pretrain.losses import koleo, sinkhorn
 from dino_depth.pretrain.train import pretrain
@@ -181,6 +181,8 @@ def _disturbed(config: PretrainConfig, kind: str):
 
     def loss(student, batch, targets, config):
         steps.append(1)
+        if len(steps) == 4 and distributed.rank() == 0 and kind == "rank 0":
+            raise DataError("shard-8.tar: sample 3 is cut short")
         if len(steps) == 4 and distributed.rank() == 1:
             if kind == "dead":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -217,6 +219,12 @@ def test_the_others_name_the_rank_they_miss(tiny, tmp_path, kind, code, message)
         assert ended[rank][0] == code and re.search(message, ended[rank][1]), ended[rank]
     assert re.search(message, (tmp_path / "run" / "run.log").read_text())
     assert checkpoint.load(checkpoint.checkpoints(tmp_path / "run")[-1])["step"] == 2
+
+
+def test_the_reason_of_the_rank_that_keeps_the_store_reaches_the_others(tiny, tmp_path):
+    ended = run_ranks(3, tmp_path / "ranks", _disturbed, longer(tiny, tmp_path / "run"), "rank 0")
+    assert [code for code, _ in ended] == [DataError.exit_code] * 3
+    assert all(re.search(r"rank 0 \(.+\) failed: shard-8.tar: sample 3 is cut short", said) for _, said in ended[1:])
 
 
 def test_a_rank_whose_weights_differ_is_named_and_nothing_of_it_is_saved(tiny, tmp_path):
