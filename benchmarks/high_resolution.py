@@ -2,10 +2,10 @@
 
     python benchmarks/high_resolution.py --work FOLDER --shards SHARDS [--seeds 2]
 
-For every seed the demo's network is pretrained at 98 px; from its last checkpoint one run goes on at 98 px, another for
-as many steps at 196 px. They are probed at 392 and 896 px on held-out maps. Prints a Markdown table of the phase at
-196 px against the others, with paired 95 % intervals over query maps; FOLDER keeps every run and probe, and a rerun
-does only what is missing.
+For every seed the demo's network is pretrained at 98 px; from its last checkpoint one run goes on at 98 px, others for
+as many steps at 196 px and at a size drawn for each step. They are probed at 392 and 896 px on held-out maps. Prints a
+Markdown table of the phases at 196 px and at several sizes against the others, with paired 95 % intervals over query
+maps; FOLDER keeps every run and probe, and a rerun does only what is missing.
 """
 
 import argparse
@@ -19,10 +19,14 @@ from pathlib import Path
 from dino_depth.pretrain.probe import ProbeConfig, load_with_twin, probe_encoders
 
 FIGURES = ("knn_class", "knn_patch", "normal", "curvature")
-BASE, SAME, HIGH = "no phase", "as many steps at 98 px", "the phase at 196 px"
-PHASES = {SAME: ("98", "42"), HIGH: ("196", "84")}
-# side -> gallery maps, query maps, batch, against what
-SIZES = {392: (512, 256, 16, (BASE, SAME)), 896: (64, 48, 4, (SAME,))}
+BASE, SAME, HIGH, MIXED = "no phase", "as many steps at 98 px", "196 px", "98, 140 and 196 px"
+# further (global, local) sides of a phase, after those all its steps have where there are none
+PHASES = {SAME: [(98, 42)], HIGH: [(196, 84)], MIXED: [(98, 42), (140, 56), (196, 84)]}
+# side -> gallery maps, query maps, batch, pairs of phase and what it is against
+SIZES = {
+    392: (512, 256, 16, [(HIGH, BASE), (HIGH, SAME), (MIXED, BASE), (MIXED, SAME), (MIXED, HIGH)]),
+    896: (64, 48, 4, [(HIGH, SAME), (MIXED, SAME), (MIXED, HIGH)]),
+}
 
 
 def pretrain(out: Path, shards: str, seed: int, *words: str):
@@ -43,30 +47,31 @@ def main():
     parser.add_argument("--base_steps", default="300")
     parser.add_argument("--steps", default="60")
     options = parser.parse_args()
-    print("| seed | px | phase at 196 px against |" + "".join(f" {name} |" for name in FIGURES))
-    print("|---|---|---|" + "---|" * len(FIGURES))
+    print("| seed | input | phase | against |" + "".join(f" {name} |" for name in FIGURES))
+    print("|---|---|---|---|" + "---|" * len(FIGURES))
     for seed in range(options.seeds):
         runs = {BASE: Path(options.work) / f"base-{seed}"}
         pretrain(runs[BASE], options.shards, seed, "--train.steps", options.base_steps)
-        for name, (large, small) in PHASES.items():
-            runs[name] = Path(options.work) / f"{large}-{seed}"
+        for name, ((large, small), *more) in PHASES.items():
+            runs[name] = Path(options.work) / f"{large}-{len(more)}-{seed}"
             # The schedules of the demo, compressed, from a quarter of its learning rate.
             words = ["--init_from", str(runs[BASE]), "--train.steps", options.steps, "--optim.lr", "0.0028"]
-            words += ["--optim.warmup", "4", "--crops.global_size", large, "--crops.local_size", small]
+            words += ["--optim.warmup", "4", "--crops.global_size", str(large)]
+            words += ["--crops.local_size", str(small), "--crops.sizes", json.dumps(more)]
             pretrain(runs[name], options.shards, seed, *words)
         encoders = {name: load_with_twin(str(run))[0] for name, run in runs.items()}
-        for side, (gallery, queries, batch, others) in SIZES.items():
-            for name in others:
-                path = Path(options.work) / f"{seed}-{side}-{name.replace(' ', '_')}.json"
+        for side, (gallery, queries, batch, pairs) in SIZES.items():
+            for name, other in pairs:
+                path = Path(options.work) / f"{seed}-{side}-{name}-{other}.json".replace(" ", "_")
                 if not path.is_file():
                     config = ProbeConfig(
                         str(runs[BASE]), options.shards, size=side, batch=batch, max_gallery=gallery,
                         max_queries=queries, query_splits=["validation"],
                     )  # fmt: skip
-                    path.write_text(json.dumps(probe_encoders(encoders[HIGH], encoders[name], config)))
+                    path.write_text(json.dumps(probe_encoders(encoders[name], encoders[other], config)))
                 figures = json.loads(path.read_text())["figures"]
                 cells = [_cell(figures[key]) for key in FIGURES]
-                print(f"| {seed} | {side} | {name} | " + " | ".join(cells) + " |", flush=True)
+                print(f"| {seed} | {side} | {name} | {other} | " + " | ".join(cells) + " |", flush=True)
 
 
 def _cell(figure: dict) -> str:

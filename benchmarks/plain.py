@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
+from dino_depth import device, vit
 from dino_depth.config import PretrainConfig
 from dino_depth.pretrain import optim, student_teacher
 from dino_depth.pretrain.heads import PrototypeHead
@@ -70,6 +71,25 @@ def _last_rows(config: PretrainConfig):
     _replace(DepthTransformer, "forward_packed", everything)
 
 
+def _scaled_weights(config: PretrainConfig):
+    """LayerScale multiplies tokens."""
+
+    def scaled_tokens(tokens, layer, gain):
+        return layer(tokens) * gain
+
+    _replace(vit, "_scaled_linear", scaled_tokens)
+
+
+def _attention_by_products(config: PretrainConfig):
+    """Attention in bfloat16 by torch's fused float32 kernel (CPU only)."""
+    _replace(vit, "LENGTH_OF_PRODUCTS", 0)
+
+
+def _onednn(config: PretrainConfig):
+    """float32 products as torch makes them (only where MKL is slow)."""
+    _replace(device, "wants_onednn", lambda: False)
+
+
 def _sinkhorn(config: PretrainConfig):
     """SwAV's algorithm as published: the whole float32 matrix is read and written for every normalisation."""
 
@@ -93,6 +113,7 @@ def _cross_entropy(config: PretrainConfig):
 
     def whole(features, prototypes, targets, index, weights, temperature):
         logits = (features @ prototypes.T).float() / temperature
+        index = slice(None) if index is None else index
         return -(weights * (targets[index] * F.log_softmax(logits, -1)).sum(-1)).sum()
 
     _replace(student_teacher, "prototype_cross_entropy", whole)
@@ -125,13 +146,12 @@ def _foreach_ema(config: PretrainConfig):
 
 def _allocator(config: PretrainConfig):
     """Memory goes back to the kernel (CPU only)."""
-    from dino_depth import device
-
     _replace(device, "reuse_memory", lambda: None)
 
 
 OPTIMISATIONS = {
-    "compile": _compile, "bf16": _bf16, "stochastic_depth": _stochastic_depth, "packing": _packing,
-    "last_rows": _last_rows, "sinkhorn": _sinkhorn, "cross_entropy": _cross_entropy, "weight_norm": _weight_norm,
-    "fused_adamw": _fused_adamw, "foreach_ema": _foreach_ema, "allocator": _allocator,
+    "compile": _compile, "bf16": _bf16, "onednn": _onednn, "attention_by_products": _attention_by_products,
+    "stochastic_depth": _stochastic_depth, "packing": _packing, "last_rows": _last_rows,
+    "scaled_weights": _scaled_weights, "sinkhorn": _sinkhorn, "cross_entropy": _cross_entropy,
+    "weight_norm": _weight_norm, "fused_adamw": _fused_adamw, "foreach_ema": _foreach_ema, "allocator": _allocator,
 }  # fmt: skip

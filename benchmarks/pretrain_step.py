@@ -92,7 +92,7 @@ def measure(config: PretrainConfig, steps: int, forced: bool, profile: str = "",
         return time.perf_counter()
 
     def step(number: int, lap):
-        data = next_crops(loader, config, resident)
+        data = next_crops(loader, config, number, resident)
         lap("wait")
         data = Batch.make(*data, device, config, number)
         lap("data")
@@ -184,8 +184,13 @@ def run(words: list[str]) -> dict:
 def table_rows(config: PretrainConfig, options: argparse.Namespace) -> dict[str, list[str]]:
     """Name -> further words of one measurement."""
     device, rows = devices.pick_device(config.train.device), {"as configured": []}
-    absent = {"allocator"} if device.type == "cuda" else set()
-    absent |= set() if devices.has_bfloat16_units(device) else {"bf16"}
+    narrow = config.train.precision == "bf16" and devices.has_bfloat16_units(device)
+    absent = set() if narrow else {"bf16"}
+    if device.type == "cuda":
+        absent |= {"allocator", "onednn", "attention_by_products"}
+    else:
+        absent |= {"onednn"} if narrow or not devices.wants_onednn() else set()
+        absent |= set() if narrow else {"attention_by_products"}
     absent |= set() if config.train.compile else {"compile"}
     for name in options.without or OPTIMISATIONS:
         if name not in absent:

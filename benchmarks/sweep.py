@@ -4,9 +4,11 @@
     python benchmarks/sweep.py --work FOLDER --setting loss.prototypes --values 64 256 4096 --seeds 3 --jobs 2
 
 Everything else is the demo's configuration, or that of ``--config``; ``--more`` passes further words to every run
-(``--more "--train.batch 64 --optim.warmup 15"``). Without ``--shards`` maps are rendered first. Prints a Markdown table
-of gains on random initialisation: mean over seeds, smallest and largest seed, and half the widest 95 % interval of a
-single probe, which is over maps and knows nothing of seeds. FOLDER keeps every run; a rerun does what is missing.
+(``--more "--train.batch 64 --optim.warmup 15"``). ``--maps N`` gives every value of ``train.batch`` as many maps
+instead of as many steps, with a warm-up over a quarter of them. Without ``--shards`` maps are rendered first. Prints a
+Markdown table of gains on random initialisation: mean over seeds, smallest and largest seed, and half the widest 95 %
+interval of a single probe, which is over maps and knows nothing of seeds. FOLDER keeps every run; a rerun does what is
+missing.
 """
 
 import argparse
@@ -31,7 +33,9 @@ def measure(options: argparse.Namespace, shards: str, value: str, seed: int) -> 
     run = Path(options.work) / f"{options.setting}-{value}-{seed}"
     if not (run / "probe.json").is_file():
         words = ["--data.shards", shards, "--data.workers", "0", "--train.threads", "1", "--train.seed", str(seed)]
-        words += ["--train.steps", str(options.steps), *options.more.split(), f"--{options.setting}", value]
+        steps = options.maps // int(value) if options.maps else options.steps
+        words += ["--train.steps", str(steps), *(["--optim.warmup", str(steps // 4)] if options.maps else [])]
+        words += [*options.more.split(), f"--{options.setting}", value]
         code = call("pretrain", "--config", options.config, "--out", str(run), "--resume", *words)
         (run / "gate").write_text(str(code))
         call("probe", str(run), "--shards", shards, "--out", str(run / "probe.json"))
@@ -48,9 +52,12 @@ def main():
     parser.add_argument("--more", default="")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--maps", type=int, default=0, help="of --setting train.batch: maps instead of steps")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--per_category", type=int, default=64)
     options = parser.parse_args()
+    if options.maps and options.setting != "train.batch":
+        parser.error("--maps needs --setting train.batch")
     shards = options.shards or render(Path(options.work), options.per_category)
     cells = [(value, seed) for value in options.values for seed in range(options.seeds)]
     with ThreadPoolExecutor(options.jobs) as pool:

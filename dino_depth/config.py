@@ -60,6 +60,8 @@ class CropConfig:
     Attributes:
         global_size: side of a global crop, pixels.
         local_size: side of a local crop, pixels.
+        sizes: further (global, local) sides. A step's crops then have one of these sizes or the two above, each as
+            often; learned positions are stored at ``global_size``.
         local_crops: local crops per map.
         global_scale: share of the map's area that a global crop covers, smallest and largest.
         local_scale: the same for local crops.
@@ -72,6 +74,7 @@ class CropConfig:
 
     global_size: int = 224
     local_size: int = 98
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     local_crops: int = 8
     global_scale: tuple[float, float] = (0.32, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.32)

@@ -8,6 +8,7 @@ import sys
 import torch
 
 from dino_depth.errors import ConfigError
+from dino_depth.onednn import multiply_with_onednn, wants_onednn
 
 __all__ = ["autocast", "has_bfloat16_units", "pick_device", "reuse_memory"]
 
@@ -27,7 +28,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` as a device of this process's rank.
+    """``auto``, ``cpu`` or ``cuda`` as a device of this process's rank, which is made ready for it.
 
     Raises:
         ConfigError: ``cuda`` was asked for and there is none.
@@ -35,6 +36,8 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: torch sees no CUDA device; run dino-depth doctor")
     if name == "cpu" or not torch.cuda.is_available():
+        if wants_onednn():
+            multiply_with_onednn()
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)

@@ -22,6 +22,8 @@ from dino_depth.rotary import rotate, rotation
 
 __all__ = ["DepthTransformer", "packed_attention", "probe_attention", "resize_position_embedding"]
 
+LENGTH_OF_PRODUCTS = 512  # tokens of a sequence up to which attention on a CPU may hold all its scores
+
 Groups = list[tuple[int, int]]
 
 
@@ -145,13 +147,29 @@ class DepthTransformer(VisionTransformer):
 
 
 def _attend(
-    block: nn.Module, tokens: Tensor, groups: Groups, rotations: list[Tensor] | None, config: ModelConfig
+    block: nn.Module,
+    tokens: Tensor,
+    groups: Groups,
+    scale: float,
+    rotations: list[Tensor] | None,
+    config: ModelConfig,
 ) -> Tensor:
     shape = (len(tokens), 3, config.heads, config.dim // config.heads)
     query, key, value = block.attn.qkv(block.norm1(tokens)).view(shape).unbind(1)
     if rotations is not None:
         query, key = (rotate(part, groups, rotations) for part in (query, key))
-    return block.attn.proj(packed_attention(query, key, value, groups, config.attention).flatten(1))
+    attended = packed_attention(query, key, value, groups, config.attention).flatten(1)
+    return _scaled_linear(attended, block.attn.proj, block.ls1.gamma * scale)
+
+
+def _mlp(block: nn.Module, tokens: Tensor, scale: float = 1.0) -> Tensor:
+    hidden = block.mlp.act(block.mlp.fc1(block.norm2(tokens)))
+    return _scaled_linear(hidden, block.mlp.fc2, block.ls2.gamma * scale)
+
+
+def _scaled_linear(tokens: Tensor, layer: nn.Linear, gain: Tensor) -> Tensor:
+    """``gain * layer(tokens)``: scaling the weights, of which there are few, costs less than scaling the tokens."""
+    return F.linear(tokens, layer.weight * gain[:, None], layer.bias * gain)
 
 
 def _run(residual, *arguments) -> Tensor:
@@ -174,27 +192,27 @@ def _attention_residual(
     rotations: list[Tensor] | None,
     config: ModelConfig,
 ) -> Tensor:
-    return _residual(lambda x, g: block.ls1(_attend(block, x, g, rotations, config)), tokens, groups, kept, scale)
+    return _residual(lambda x, g: _attend(block, x, g, scale, rotations, config), tokens, groups, kept)
 
 
 @compiled
 def _mlp_residual(block: nn.Module, tokens: Tensor, groups: Groups, kept: list[Tensor] | None, scale: float) -> Tensor:
-    return _residual(lambda x, _: block.ls2(block.mlp(block.norm2(x))), tokens, groups, kept, scale)
+    return _residual(lambda x, _: _mlp(block, x, scale), tokens, groups, kept)
 
 
 @compiled
 def _mlp_of_rows(block: nn.Module, tokens: Tensor, taken: Tensor) -> Tensor:
     """``taken`` (rows, 1) is the scale of the branch of each row, 0 where it is skipped."""
-    return tokens + block.ls2(block.mlp(block.norm2(tokens))) * taken
+    return tokens + _mlp(block, tokens) * taken
 
 
-def _residual(branch, tokens: Tensor, groups: Groups, kept: list[Tensor] | None, scale: float) -> Tensor:
-    """``tokens + branch(tokens)``, the branch computed and scaled for the ``kept`` sequences of each group alone."""
+def _residual(branch, tokens: Tensor, groups: Groups, kept: list[Tensor] | None) -> Tensor:
+    """``tokens + branch(tokens)``, the branch computed for the ``kept`` sequences of each group alone."""
     if kept is None:
         return tokens + branch(tokens, groups)
     rows = _rows(groups, kept)
     kept_groups = [(len(chosen), length) for chosen, (_, length) in zip(kept, groups, strict=True)]
-    update = branch(tokens.index_select(0, rows), kept_groups) * scale
+    update = branch(tokens.index_select(0, rows), kept_groups)
     return tokens.index_add(0, rows, update.to(tokens.dtype))
 
 
@@ -220,8 +238,12 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, 
         (tokens, heads, head_dim).
     """
     if backend == "grouped":
-        # On CPUs the bfloat16 kernel's backward pass takes two to five times as long as the float32 one's.
-        dtype = torch.float32 if query.device.type == "cpu" else query.dtype
+        dtype, products = query.dtype, False
+        if query.device.type == "cpu":
+            # The bfloat16 kernel's backward pass takes two to five times as long as the float32 one's, and that again
+            # two to three times as long as separate products, whose memory is the square of the length.
+            products = dtype == torch.bfloat16 and max(length for _, length in groups) <= LENGTH_OF_PRODUCTS
+            dtype = dtype if products else torch.float32
         parts, start = [], 0
         with torch.autocast(query.device.type, enabled=False):
             for count, length in groups:
@@ -229,7 +251,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, 
                 shape = (count, length, *query.shape[1:])
                 # (sequences, heads, length, head_dim)
                 q, k, v = (part[rows].view(shape).transpose(1, 2).to(dtype) for part in (query, key, value))
-                parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1).to(query.dtype))
+                attention = _attention_by_products if products else F.scaled_dot_product_attention
+                parts.append(attention(q, k, v).transpose(1, 2).flatten(0, 1).to(query.dtype))
                 start = rows.stop
         return torch.cat(parts)
     if backend == "varlen":
@@ -249,6 +272,11 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, 
         bias = fmha.BlockDiagonalMask.from_seqlens(lengths, device=query.device)
         return fmha.memory_efficient_attention(query[None], key[None], value[None], bias)[0]
     raise ConfigError(f"model.attention: unknown backend {backend!r}")
+
+
+def _attention_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    return scores.softmax(-1) @ value
 
 
 def probe_attention(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:

@@ -137,7 +137,8 @@ def test_both_cross_entropies_are_equal(dtype):
     loss, gradient = losses._cross_entropy(logits, targets, index, weights, 0.1)
     expected, expected_gradient = losses._cross_entropy_in_cache(logits.clone(), targets, index, weights, 0.1)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient, expected_gradient)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {}
+    torch.testing.assert_close(gradient, expected_gradient, **tolerance)
 
 
 def test_a_compiled_run_learns_as_a_plain_one(tiny, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from dino_depth.config import CropConfig
 from dino_depth.errors import ConfigError
-from dino_depth.pretrain.crops import check_crops, draw_crops, multi_crop
+from dino_depth.pretrain.crops import check_crops, crops_of_step, draw_crops, multi_crop
 from dino_depth.resample import Pyramid, fit_square, resample
 
 GENERATOR = np.random.default_rng(0)
@@ -286,6 +287,7 @@ def test_elongated_maps(shape):
     [
         ("global_size", 0),
         ("local_crops", -1),
+        ("sizes", [(28, 14), (28, -14)]),
         ("local_scale", (0.5, 0.1)),
         ("global_scale", (0.5, 1.5)),
         ("aspect", (0.0, 1.0)),
@@ -298,6 +300,23 @@ def test_impossible_recipes_are_refused(field, value):
     check_crops(CropConfig())
     with pytest.raises(ConfigError, match=f"crops.{field} .*got"):
         check_crops(CropConfig(**{field: value}))
+
+
+def test_sides_are_multiples_of_the_patch():
+    check_crops(CropConfig(sizes=[(518, 98)]), 14)
+    for wrong in (CropConfig(global_size=225), CropConfig(local_size=90), CropConfig(sizes=[(448, 98), (448, 100)])):
+        with pytest.raises(ConfigError, match="must be a multiple of model.patch_size 14, got (225|90|100)"):
+            check_crops(wrong, 14)
+
+
+def test_every_size_comes_as_often_and_is_a_function_of_the_step():
+    config = CropConfig(sizes=[(448, 98), (518, 112)])
+    drawn = [crops_of_step(config, 7, step) for step in range(3000)]
+    shares = Counter((crops.global_size, crops.local_size) for crops in drawn)
+    assert shares.keys() == {(224, 98), (448, 98), (518, 112)} and all(abs(n - 1000) < 100 for n in shares.values())
+    assert drawn == [crops_of_step(config, 7, step) for step in range(3000)]
+    assert drawn != [crops_of_step(config, 8, step) for step in range(3000)]
+    assert drawn[0].rotation == config.rotation and crops_of_step(CropConfig(), 7, 3) == CropConfig()
 
 
 def test_wrong_inputs_are_refused():

@@ -1,13 +1,17 @@
 """The last phase at a higher resolution: the shipped settings, and what a run takes over from the one before it."""
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from test_pretrain import copy, final_state
+from test_pretrain import assert_same, copy, final_state
 
 from dino_depth.config import PretrainConfig, config_keys, parse
+from dino_depth.errors import Interrupted
+from dino_depth.pretrain import student_teacher, train
+from dino_depth.pretrain.student_teacher import Batch
 from dino_depth.pretrain.train import pretrain
 from dino_depth.vit import resize_position_embedding
 
@@ -78,3 +82,33 @@ def test_heads_of_another_size_start_anew(first, tmp_path):
     assert student["dino_head.direction"].shape == (48, 16)
     # All or nothing: a trained MLP before new prototypes would be neither.
     assert not torch.equal(student["dino_head.mlp.0.weight"], teacher["dino_head.mlp.0.weight"])
+
+
+def test_steps_of_several_sizes_resume_exactly(tiny, tmp_path, monkeypatch):
+    """Every crop and mask of a step has the step's size, and positions are stored at ``global_size``."""
+    seen, make = [], Batch.make
+
+    def noting(*arguments):
+        batch = make(*arguments)
+        seen.append((batch.global_crops.shape[-1], batch.local_crops.shape[-1], batch.masks.shape[1]))
+        return batch
+
+    monkeypatch.setattr(train.Batch, "make", noting)
+    config = copy(tiny, tmp_path / "whole", crops={"sizes": [(56, 28), (84, 14)]}, data={"workers": 2})
+    pretrain(config)
+    assert set(seen) == {(42, 14, 9), (56, 28, 16), (84, 14, 36)} and len(seen) == config.train.steps
+    whole = final_state(tmp_path / "whole")
+    assert whole["teacher"]["backbone.pos_embed"].shape == (1, 1 + 9, 32)
+    losses = student_teacher.student_losses
+
+    def interrupt(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return losses(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(student_teacher, "student_losses", interrupt)
+        pretrain(config := copy(config, tmp_path / "parts", data={"workers": 0}))
+    first, seen[:] = list(seen), []
+    pretrain(dataclasses.replace(config, resume=True))
+    assert first[: config.train.steps] == first[config.train.steps :] + seen
+    assert_same(final_state(tmp_path / "parts"), whole)

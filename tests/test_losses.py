@@ -72,6 +72,21 @@ def test_cross_entropy_and_gradients_equal_autograd_in_float64(monkeypatch):
     assert value.item() == pytest.approx(loss.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("rows", [45, 20, 0])
+def test_without_an_index_row_faces_its_own_target(monkeypatch, rows):
+    monkeypatch.setattr(losses, "MATMUL_ROWS", 20)
+    monkeypatch.setattr(losses, "CACHE_ROWS", 8)
+    features, prototypes, targets, _, weights = random_problem(rows)
+    targets = torch.rand(rows, len(prototypes)).softmax(-1)
+    results = []
+    for index in (None, torch.arange(rows)):
+        leaves = [features.clone().requires_grad_(), prototypes.clone().requires_grad_()]
+        loss = prototype_cross_entropy(*leaves, targets, index, weights, 0.1)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_cross_entropy_in_bfloat16_is_close():
     features, prototypes, targets, index, weights = random_problem()
     features.requires_grad_()

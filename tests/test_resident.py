@@ -96,7 +96,7 @@ def test_too_many_maps_are_one_line(monkeypatch):
 
 
 def test_a_run_on_resident_maps_does_not_depend_on_its_workers(tiny, tmp_path):
-    losses = []
+    losses, tiny.crops.sizes = [], [(56, 28)]
     for workers in (0, 2):
         config = dataclasses.replace(tiny, out=str(tmp_path / str(workers)))
         config.data = dataclasses.replace(tiny.data, on_device=True, workers=workers)

@@ -7,6 +7,7 @@ import timm
 import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
+from dino_depth import vit
 from dino_depth.config import ModelConfig, PretrainConfig, parse
 from dino_depth.errors import ConfigError
 from dino_depth.pretrain.stochastic_depth import kept_sequences
@@ -16,7 +17,11 @@ from dino_depth.weight_names import to_transformers
 
 
 def small(**settings) -> DepthTransformer:
-    return DepthTransformer(ModelConfig(dim=32, depth=3, heads=2, layer_scale=1.0, **settings), 56)
+    model = DepthTransformer(ModelConfig(dim=32, depth=3, heads=2, layer_scale=1.0, **settings), 56)
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
 
 
 def test_packed_crops_equal_separate_ones():
@@ -73,6 +78,21 @@ def test_grouped_attention_equals_block_diagonal_softmax():
     scores = scores.masked_fill(owner[:, None] != owner, -torch.inf)
     expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value.double())
     assert torch.allclose(packed_attention(query, key, value, groups).double(), expected, atol=1e-5)
+
+
+def test_attention_in_bfloat16_by_products_equals_the_fused_one(monkeypatch):
+    groups, weights = [(2, 37), (5, 10)], torch.randn(124, 2, 16)
+    wide = torch.randn(3, 124, 2, 16)
+    results = []
+    for dtype, longest in ((torch.float32, 512), (torch.bfloat16, 512), (torch.bfloat16, 36)):
+        monkeypatch.setattr(vit, "LENGTH_OF_PRODUCTS", longest)  # 36: the longer group is fused, in float32
+        parts = [part.to(dtype).requires_grad_() for part in wide]
+        attended = packed_attention(*parts, groups)
+        assert attended.dtype == dtype
+        results.append([attended.float(), *torch.autograd.grad((attended.float() * weights).sum(), parts)])
+    for exact, products, fused in zip(*results, strict=True):
+        error = (products.float() - exact).norm() / exact.norm()
+        assert error < 2 * (fused.float() - exact).norm() / exact.norm() and error < 1e-2
 
 
 @pytest.mark.parametrize("backend", ["varlen", "xformers"])

@@ -4,6 +4,7 @@ A crop is an affine (2, 3) from its unit square to the map; ``dino_depth/resampl
 a crop's pixel is. No photometric operation exists.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -13,23 +14,30 @@ from dino_depth.config import CropConfig
 from dino_depth.errors import ConfigError
 from dino_depth.resample import Pyramid
 
-__all__ = ["check_crops", "draw_crops", "multi_crop"]
+__all__ = ["check_crops", "crops_of_step", "draw_crops", "multi_crop"]
 
+SIZES = 5  # last word of the generator's key, see ``order.py``
 GLOBAL_CROPS = 2  # the teacher sees two; the losses pair each with the other
 ATTEMPTS = 10  # draws of one crop, as many as torchvision's RandomResizedCrop makes
 # Where in its unit square a crop's share of valid pixels is estimated: (u, v, 1) of 8 x 8 positions.
 PROBES = np.stack([*(np.indices((8, 8)).reshape(2, -1)[::-1] + 0.5) / 8, np.ones(64)])
 
 
-def check_crops(config: CropConfig):
+def check_crops(config: CropConfig, patch_size: int = 1):
     """Refuses a recipe that no map could be cropped by.
+
+    Args:
+        patch_size: pixels that every side must be a multiple of.
 
     Raises:
         ConfigError: a value is outside its range.
     """
-    for name, smallest in (("global_size", 1), ("local_size", 1), ("local_crops", 1)):
-        if getattr(config, name) < smallest:
-            raise ConfigError(f"crops.{name} must be at least {smallest}, got {getattr(config, name)}")
+    if config.local_crops < 1:
+        raise ConfigError(f"crops.local_crops must be at least 1, got {config.local_crops}")
+    sides = [("global_size", config.global_size), ("local_size", config.local_size)]
+    for name, side in [*sides, *(("sizes", side) for pair in config.sizes for side in pair)]:
+        if side < 1 or side % patch_size:
+            raise ConfigError(f"crops.{name} must be a multiple of model.patch_size {patch_size}, got {side}")
     for name, largest in (("global_scale", 1), ("local_scale", 1), ("aspect", math.inf)):
         low, high = getattr(config, name)
         if not 0 < low <= high <= largest:
@@ -37,6 +45,15 @@ def check_crops(config: CropConfig):
     for name, largest in (("rotation", 180), ("horizontal_flip", 1), ("vertical_flip", 1), ("minimum_valid", 1)):
         if not 0 <= getattr(config, name) <= largest:
             raise ConfigError(f"crops.{name} must be between 0 and {largest}, got {getattr(config, name)}")
+
+
+def crops_of_step(config: CropConfig, seed: int, step: int) -> CropConfig:
+    """``config`` with the sizes that all crops of a step have, drawn from those it lists: a batch has one shape."""
+    if not config.sizes:
+        return config
+    sizes = [(config.global_size, config.local_size), *config.sizes]
+    large, small = sizes[np.random.default_rng([seed, step, SIZES]).integers(len(sizes))]
+    return dataclasses.replace(config, global_size=large, local_size=small)
 
 
 def draw_crops(valid: np.ndarray, config: CropConfig, seed: int, position: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from dino_depth import distributed
 from dino_depth.config import PretrainConfig
 from dino_depth.depth import normalize
 from dino_depth.errors import ReportedError
-from dino_depth.pretrain.crops import draw_crops, multi_crop
+from dino_depth.pretrain.crops import crops_of_step, draw_crops, multi_crop
 from dino_depth.pretrain.masks import draw_masks
 from dino_depth.pretrain.order import EndlessOrder
 from dino_depth.pretrain.resident import ResidentMaps, Validity
@@ -42,17 +42,18 @@ class Crops(Dataset):
         self.order = order_of(shards, config)
 
     def __getitem__(self, position: int):
-        config, index = self.config, self.order[position]
-        seed, grid = config.train.seed, config.crops.global_size // config.model.patch_size
+        config, index, seed = self.config, self.order[position], self.config.train.seed
+        crops = crops_of_step(config.crops, seed, position // config.train.batch)
+        grid = crops.global_size // config.model.patch_size
         masks = torch.from_numpy(draw_masks(grid, config.loss, seed, position))
         if self.validity is not None:
-            return index, torch.from_numpy(draw_crops(self.validity[index], config.crops, seed, position)), masks
+            return index, torch.from_numpy(draw_crops(self.validity[index], crops, seed, position)), masks
         try:
             depth_map, _ = self.shards.sample(index)
         except ReportedError as error:
             return error  # raised in the training process, without the worker's trace around it
         values = normalize(depth_map, config.data.normalization)
-        return *multi_crop(values, depth_map.valid, config.crops, seed, position), masks
+        return *multi_crop(values, depth_map.valid, crops, seed, position), masks
 
 
 def positions(config: PretrainConfig, first_step: int) -> Iterator[list[int]]:
@@ -104,10 +105,13 @@ def _quiet_worker(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def next_crops(loader, config: PretrainConfig, resident: ResidentMaps | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def next_crops(
+    loader, config: PretrainConfig, step: int, resident: ResidentMaps | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Global (maps, 2, 1, S, S) and local (maps, local_crops, 1, s, s) crops and masks (maps, 2, patches).
 
     Args:
+        step: that the loader has come to.
         resident: the maps whose validity the loader was made with.
 
     Raises:
@@ -124,4 +128,6 @@ def next_crops(loader, config: PretrainConfig, resident: ResidentMaps | None = N
     if isinstance(read, Exception):
         raise read
     first, second, masks = read
-    return (first, second, masks) if resident is None else (*resident.crop(first, second, config.crops), masks)
+    if resident is None:
+        return first, second, masks
+    return *resident.crop(first, second, crops_of_step(config.crops, config.train.seed, step)), masks

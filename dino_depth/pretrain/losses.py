@@ -50,8 +50,8 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int) -> Tensor:
     tiny = torch.finfo(mass.dtype).tiny
     for start in chunks:
         rows = slice(start, start + chunks.step)
-        # Widened first: a difference of bfloat16 logits would be rounded to bfloat16, then divided by the temperature.
-        part = kernel[rows].copy_(logits[rows]).sub_(largest).mul_(1 / temperature).exp_()
+        part = kernel[rows]
+        _scale_and_shift(logits[rows], 1 / temperature, largest, part).exp_()
         mass += part.sum(0)
     for iteration in range(iterations):
         per_prototype = 1 / (prototypes * all_sum(mass).clamp_min(tiny))  # u
@@ -109,12 +109,20 @@ def _balanced(logits: Tensor, largest: Tensor, sharpness: Tensor, per_prototype:
     return rows / rows.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
+def _scale_and_shift(logits: Tensor, sharpness: float, largest: Tensor, out: Tensor) -> Tensor:
+    """sharpness * (logits - largest), into float32 ``out``.
+
+    Widened first: a difference of bfloat16 logits would be rounded to bfloat16 before it is scaled.
+    """
+    return torch.add(largest * -sharpness, out.copy_(logits), alpha=sharpness, out=out)
+
+
 @compiled
 def _cross_entropy(
-    logits: Tensor, targets: Tensor, index: Tensor, weights: Tensor, temperature: float
+    logits: Tensor, targets: Tensor, index: Tensor | None, weights: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """The loss () of a few rows, and its gradient (rows, K) with respect to their ``logits``, in the same type."""
-    values, wanted = logits.float() * (1 / temperature), targets[index]
+    values, wanted = logits.float() * (1 / temperature), targets if index is None else targets[index]
     mass, normalizer = wanted.sum(1), values.logsumexp(1)
     loss = (weights * (mass * normalizer - (wanted * values).sum(1))).sum()
     gradient = (values - normalizer[:, None]).exp() * mass[:, None] - wanted
@@ -122,20 +130,24 @@ def _cross_entropy(
 
 
 def _cross_entropy_in_cache(
-    logits: Tensor, targets: Tensor, index: Tensor, weights: Tensor, temperature: float
+    logits: Tensor, targets: Tensor, index: Tensor | None, weights: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_cross_entropy`; the gradient takes the place of ``logits``."""
     total = torch.zeros((), device=logits.device)
     step = CACHE_ROWS if logits.device.type == "cpu" else MATMUL_ROWS
+    buffer = torch.empty(min(step, len(logits)), logits.shape[1], device=logits.device)
     for start in range(0, len(logits), step):
         rows = slice(start, start + step)
-        part, wanted = logits[rows], targets[index[rows]]
-        mass = wanted.sum(1)
-        values = part.float().mul_(1 / temperature)
-        normalizer = values.logsumexp(1)
-        total += weights[rows] @ (mass * normalizer - torch.linalg.vecdot(wanted, values))
-        gradient = values.sub_(normalizer[:, None]).exp_().mul_(mass[:, None]).sub_(wanted)
-        part.copy_(gradient.mul_(weights[rows, None] / temperature))
+        part, wanted = logits[rows], targets[rows] if index is None else targets[index[rows]]
+        # Relative to the largest logit of the row.
+        largest = part.amax(1, keepdim=True).float()
+        values = _scale_and_shift(part, 1 / temperature, largest, buffer[: len(part)])
+        mass, product = wanted.sum(1), torch.linalg.vecdot(wanted, values)
+        normalizer = values.exp_().sum(1)
+        total += weights[rows] @ (mass * normalizer.log() - product)
+        scale = weights[rows] / temperature
+        values.mul_((scale * mass / normalizer)[:, None])
+        part.copy_(torch.addcmul(values, wanted, scale[:, None], value=-1, out=values))
     return total, logits
 
 
@@ -148,31 +160,42 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         with torch.autocast(features.device.type, enabled=False):
             narrow_features, narrow_prototypes = features.to(dtype), prototypes.to(dtype)
             total = torch.zeros((), device=features.device)
-            feature_gradient = torch.empty_like(narrow_features)
-            prototype_gradient = torch.zeros_like(prototypes)
+            feature_gradient, prototype_gradient = torch.empty_like(narrow_features), None
             for start in range(0, len(features), MATMUL_ROWS):
                 rows = slice(start, start + MATMUL_ROWS)
+                wanted, chosen = (targets[rows], None) if index is None else (targets, index[rows])
                 logits = narrow_features[rows] @ narrow_prototypes.T  # (rows, K)
                 cross_entropy = _cross_entropy if _fuses(logits) else _cross_entropy_in_cache
-                vary(logits, targets, chosen := index[rows], weight := weights[rows])
-                loss, gradient = cross_entropy(logits, targets, chosen, weight, temperature)
+                vary(logits, wanted, weight := weights[rows], *([] if chosen is None else [chosen]))
+                loss, gradient = cross_entropy(logits, wanted, chosen, weight, temperature)
                 total += loss
                 feature_gradient[rows] = gradient @ narrow_prototypes
-                prototype_gradient += gradient.T @ narrow_features[rows]
+                added = gradient.T @ narrow_features[rows]
+                # Summed in float32; a single part stays as it is until it is scaled.
+                prototype_gradient = added if prototype_gradient is None else prototype_gradient.float().add_(added)
+            if prototype_gradient is None:  # no rows
+                prototype_gradient = torch.zeros_like(prototypes)
         ctx.save_for_backward(feature_gradient, prototype_gradient)
-        ctx.dtype = features.dtype
+        ctx.dtypes = features.dtype, prototypes.dtype
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        feature_gradient, prototype_gradient = ctx.saved_tensors
         # In place: the gradient of 65,536 prototypes is large, and backward runs once.
-        return feature_gradient.to(ctx.dtype).mul_(upstream), prototype_gradient.mul_(upstream), None, None, None, None
+        found = (
+            gradient.to(dtype).mul_(upstream) for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *found, None, None, None, None
 
 
 def prototype_cross_entropy(
-    features: Tensor, prototypes: Tensor, targets: Tensor, index: Tensor, weights: Tensor, temperature: float
+    features: Tensor,
+    prototypes: Tensor,
+    targets: Tensor,
+    index: Tensor | None,
+    weights: Tensor,
+    temperature: float,
 ) -> Tensor:
     """sum_i w_i * CE(targets[index_i], softmax(features_i @ prototypes.T / temperature)).
 
@@ -183,7 +206,7 @@ def prototype_cross_entropy(
         features: (rows, bottleneck) student features; gradient flows.
         prototypes: (K, bottleneck); gradient flows.
         targets: (targets, K) float32.
-        index: (rows,) which target each row faces.
+        index: (rows,) which target each row faces; None: row i faces target i.
         weights: (rows,).
 
     Returns:

@@ -288,11 +288,12 @@ and the features drift from those of the training model. Export anew for another
 def _training(subject: Subject) -> str:
     config = subject.config
     crops = config.crops
+    sizes = "".join(f", in other steps {large} and {small}" for large, small in crops.sizes)
     recipe = f"""## Training
 
 DINO on the class token (weight {config.loss.dino_weight:g}), iBOT on masked patches ({config.loss.ibot_weight:g}),
 KoLeo ({config.loss.koleo_weight:g}); {subject.step} steps of {config.train.batch} maps; per map 2 crops of
-{crops.global_size} and {crops.local_crops} of {crops.local_size} pixels, spatial augmentation only.
+{crops.global_size} and {crops.local_crops} of {crops.local_size} pixels{sizes}, spatial augmentation only.
 `training_config.yaml` has every setting, `provenance.json` the checksums of data and weights and the versions of code
 and libraries."""
     if subject.data is None:

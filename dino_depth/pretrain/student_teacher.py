@@ -159,7 +159,7 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
         _project(head, hidden),
         head.prototypes(),
         targets.patches,
-        torch.arange(len(hidden), device=hidden.device),
+        None,
         batch.mask_weights,
         loss.student_temperature,
     )

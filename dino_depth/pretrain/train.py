@@ -73,12 +73,9 @@ def check_settings(config: PretrainConfig, ranks: int, shards: DepthShards | Non
         raise ConfigError("KoLeo needs at least 2 maps per pass and process: raise train.batch or lower accumulate")
     if shards and (count := order_of(shards, config).count) < train.batch:
         raise ConfigError(f"{config.data.shards}: {count} samples are too few for train.batch {train.batch}")
-    check_crops(config.crops)
+    check_crops(config.crops, config.model.patch_size)
     if shards:
         check_evaluation(config)
-    for name in ("global_size", "local_size"):
-        if getattr(config.crops, name) % config.model.patch_size:
-            raise ConfigError(f"crops.{name} must be a multiple of model.patch_size {config.model.patch_size}")
 
 
 def _check_attention(config: PretrainConfig, device: torch.device):
@@ -196,7 +193,8 @@ def _loop(config, device, shards, resident, student, teacher, optimizer, gate, r
             for turn in range(passes):
                 distributed.note(step, "reading maps")
                 waiting = time.perf_counter()
-                batch = Batch.make(*next_crops(loader, config, resident), device, config, step, place(config, turn))
+                crops = next_crops(loader, config, step, resident)
+                batch = Batch.make(*crops, device, config, step, place(config, turn))
                 seconds_waiting += time.perf_counter() - waiting
                 distributed.note(step, "computing")
                 with contextlib.nullcontext() if ranks == 1 or turn == passes - 1 else paying.no_sync():
