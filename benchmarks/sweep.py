@@ -35,7 +35,12 @@ def measure(options: argparse.Namespace, shards: str, value: str, seed: int) -> 
         words = ["--data.shards", shards, "--data.workers", "0", "--train.threads", "1", "--train.seed", str(seed)]
         steps = options.maps // int(value) if options.maps else options.steps
         words += ["--train.steps", str(steps), *(["--optim.warmup", str(steps // 4)] if options.maps else [])]
-        words += [*options.more.split(), f"--{options.setting}", value]
+        words += [
+            "--train.checkpoint_every",
+            str(max(1, steps // 12)),
+            *options.more.split(),
+        ]  # where a gate may end it
+        words += [f"--{options.setting}", value]
         code = call("pretrain", "--config", options.config, "--out", str(run), "--resume", *words)
         (run / "gate").write_text(str(code))
         call("probe", str(run), "--shards", shards, "--out", str(run / "probe.json"))

@@ -173,8 +173,11 @@ def processes(model: Model) -> int:
 
 @lru_cache(maxsize=1)
 def _loaded(model: Model) -> tuple[Any, Any]:
+    from dino_depth.device import pick_device
+
     processor, network = _load(model.folder)
     if model.device == "cpu":
+        pick_device("cpu")  # makes this process ready for it
         return processor, network
     # Workers of a pool are numbered in a row, so as many as there are GPUs take one each.
     number = re.search(r"\d+$", current_process().name)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dino_depth.device import has_bfloat16_units
+from dino_depth.onednn import multiply_with_onednn, wants_onednn
 from dino_depth.vit import probe_attention
 
 __all__ = ["DoctorConfig", "doctor"]
@@ -56,6 +57,11 @@ def doctor(config: DoctorConfig):
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     rows.append(("processor", f"{cores} cores usable, {_gib(pages)} memory"))
     rows.append(("disk free", f"{_gib(shutil.disk_usage(config.path).free)} at {Path(config.path).resolve()}"))
+    if not cuda and wants_onednn():
+        reason = multiply_with_onednn()
+        rows.append(
+            ("float32 products", f"by MKL: {reason}" if reason else "by oneDNN: MKL is slow on processors not Intel's")
+        )
     if Path("/dev/shm").is_dir():
         shared = shutil.disk_usage("/dev/shm")
         small = "" if shared.total > 2**30 else "  (small: batches of workers pass through it)"
