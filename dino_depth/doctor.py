@@ -60,7 +60,7 @@ def doctor(config: DoctorConfig):
     if not cuda and wants_onednn():
         reason = multiply_with_onednn()
         rows.append(
-            ("float32 products", f"by MKL: {reason}" if reason else "by oneDNN: MKL is slow on processors not Intel's")
+            ("float32 products", f"by MKL: {reason}" if reason else "by oneDNN: MKL makes no use of AVX-512 here")
         )
     if Path("/dev/shm").is_dir():
         shared = shutil.disk_usage("/dev/shm")

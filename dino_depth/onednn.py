@@ -1,10 +1,10 @@
-"""float32 matrix products by oneDNN instead of MKL, on processors that are not Intel's.
+"""float32 matrix products by oneDNN instead of MKL, on processors with AVX-512 that are not Intel's.
 
-torch gives float32 products to MKL. On an AMD EPYC with AVX-512 (MKL 2024.2) that is half as fast as oneDNN, which
-torch contains as well but uses for other types: 230 against 510 GFLOP/s on two cores for the layers of a ViT-S. Neither
-torch nor MKL has a setting for it, so ``mm`` and ``addmm`` get another kernel in this process, by the documented way of
-overriding one for some inputs (``torch.library.get_kernel``). Everything built on them gains: linear layers, their
-gradients, frozen encoders.
+torch gives float32 products to MKL. On an AMD EPYC of family 26 (Zen 5; MKL 2024.2) that is half as fast as oneDNN,
+which torch contains as well but uses for other types: 230 against 510 GFLOP/s on two cores for the layers of a ViT-S.
+230 is what AVX2 gives there. Other AMD processors with AVX-512 were not at hand. Neither torch nor MKL has a setting
+for it, so ``mm`` and ``addmm`` get another kernel in this process, by the documented way of overriding one for some
+inputs (``torch.library.get_kernel``). Everything built on them gains: linear layers, their gradients, frozen encoders.
 """
 
 from pathlib import Path
@@ -20,12 +20,16 @@ _library: torch.library.Library | None = None
 
 
 def wants_onednn() -> bool:
-    """Whether MKL is what torch multiplies with, on a processor that it was not written for."""
+    """Whether torch multiplies with MKL on a processor with AVX-512 that is not Intel's.
+
+    Decided by what the processor is, not by timing: a resumed run has to multiply as it did before.
+    """
     try:
         known = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    return torch.backends.mkl.is_available() and "GenuineIntel" not in known
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.backends.mkl.is_available() and wide and "GenuineIntel" not in known
 
 
 def multiply_with_onednn(enabled: bool = True) -> str | None:

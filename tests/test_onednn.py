@@ -117,10 +117,14 @@ def test_an_operator_that_is_gone_leaves_torch_as_it_was(monkeypatch):
     assert "wrong product" in multiply_with_onednn()
 
 
-@pytest.mark.parametrize("vendor, expected", [("GenuineIntel", False), ("AuthenticAMD", True)])
-def test_it_is_for_other_processors_than_intels(monkeypatch, vendor, expected):
+@pytest.mark.parametrize(
+    "vendor, capability, expected",
+    [("GenuineIntel", "AVX512", False), ("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False)],
+)
+def test_it_is_for_avx512_that_mkl_does_not_use(monkeypatch, vendor, capability, expected):
     monkeypatch.setattr(Path, "read_text", lambda self: f"vendor_id\t: {vendor}\n")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert wants_onednn() == expected
     device.pick_device("cpu")
     assert (onednn._library is not None) == expected
