@@ -63,7 +63,7 @@ def write_shards(folder, maps=5, licence="Example, CC BY-NC-SA 4.0 (non-commerci
 
 def write_run(folder, shards, model=TINY, step=7, spoil=None):
     """A run folder whose teacher has no two equal parameters, so that a swapped pair changes features."""
-    crops = CropConfig(global_size=4 * model.patch_size, local_size=2 * model.patch_size)
+    crops = CropConfig(global_size=4 * model.patch_size, local_size=2 * model.patch_size, sizes=[(84, 14)])
     normalization = Normalization(method="plane", scale=0.07)
     data = DataConfig(shards=str(shards), normalization=normalization)
     (folder / "checkpoints").mkdir(parents=True)
@@ -443,6 +443,7 @@ def test_cards_and_papers(exported, place, run):
         assert "model-index" not in metadata
         assert "non-commercial" in body and "CC BY-NC-SA 4.0" in body
         assert "`method` = 'plane'" in body and "`scale` = 0.07" in body and "metres" in body
+        assert "2 crops of\n56 and 8 of 28 pixels, in other steps 84 and 14, spatial augmentation only" in body
         assert "Apache License" in (folder / "LICENSE").read_text()
         for path in folder.iterdir():
             assert str(place).encode() not in path.read_bytes(), f"{path} names a folder of this machine"
