@@ -202,7 +202,7 @@ class HealthConfig:
     window: int = 10
     grace: float = 0.25
     mean_entropy: float = 0.5
-    target_entropy: float = 0.93
+    target_entropy: float = 0.95
     used: float = 0.05
 
 
