@@ -100,6 +100,12 @@ def test_wrong_shapes_and_nan_are_as_in_torch(counted):
     assert (left @ torch.ones(8, 8)).isnan().sum(1).tolist() == [0, 0, 8, 0, 0, 0, 0, 0]
 
 
+def test_it_draws_no_random_numbers():
+    state = torch.get_rng_state()
+    multiply_with_onednn()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_small_products_are_left_alone(monkeypatch):
     multiply_with_onednn()
     monkeypatch.setattr(onednn, "_product", lambda *_: pytest.fail("a small product went to oneDNN"))
