@@ -20,7 +20,7 @@ from dino_depth.pretrain.probe import ProbeConfig, load_with_twin, probe_encoder
 
 FIGURES = ("knn_class", "knn_patch", "normal", "curvature")
 BASE, SAME, HIGH, MIXED = "no phase", "as many steps at 98 px", "196 px", "98, 140 and 196 px"
-# further (global, local) sides of a phase, after those all its steps have where there are none
+# phase -> (global, local) sides; of several, each step draws one
 PHASES = {SAME: [(98, 42)], HIGH: [(196, 84)], MIXED: [(98, 42), (140, 56), (196, 84)]}
 # side -> gallery maps, query maps, batch, pairs of phase and what it is against
 SIZES = {
@@ -75,7 +75,7 @@ def main():
 
 
 def _cell(figure: dict) -> str:
-    """Other -> high, and the paired gain with its interval."""
+    """Other -> phase, and the paired gain with its interval."""
     gain = figure["gain"]
     change = f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
     return f"{figure['random']['value']:.3f} -> {figure['trained']['value']:.3f}, {change}"

@@ -238,17 +238,15 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, 
         (tokens, heads, head_dim).
     """
     if backend == "grouped":
-        dtype, products = query.dtype, False
-        if query.device.type == "cpu":
-            # The bfloat16 kernel's backward pass takes two to five times as long as the float32 one's, and that again
-            # two to three times as long as separate products, whose memory is the square of the length.
-            products = dtype == torch.bfloat16 and max(length for _, length in groups) <= LENGTH_OF_PRODUCTS
-            dtype = dtype if products else torch.float32
-        parts, start = [], 0
+        # On CPUs the bfloat16 kernel's backward pass takes up to five times as long as the float32 one's, and that one
+        # three times as long as separate products of bfloat16, whose memory is the square of the length.
+        on_cpu, parts, start = query.device.type == "cpu", [], 0
         with torch.autocast(query.device.type, enabled=False):
             for count, length in groups:
                 rows = slice(start, start + count * length)
                 shape = (count, length, *query.shape[1:])
+                products = on_cpu and query.dtype == torch.bfloat16 and length <= LENGTH_OF_PRODUCTS
+                dtype = torch.float32 if on_cpu and not products else query.dtype
                 # (sequences, heads, length, head_dim)
                 q, k, v = (part[rows].view(shape).transpose(1, 2).to(dtype) for part in (query, key, value))
                 attention = _attention_by_products if products else F.scaled_dot_product_attention

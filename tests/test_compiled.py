@@ -78,6 +78,19 @@ def test_compiled_steps_equal_plain_ones_and_later_steps_compile_nothing(everyth
             assert (one - other).norm() <= 1e-3 * other.norm() + 1e-5, step
 
 
+def test_further_crop_sizes_compile_once_more_in_all():
+    config, student, teacher = tiny_networks()
+    made = []
+    with compiling(True, "aot_eager"):
+        for step, (large, small) in enumerate([(42, 14), (56, 28), (84, 14), (70, 28), (42, 14), (98, 28)]):
+            masks = [torch.from_numpy(draw_masks(large // 14, config.loss, 0, 7 * step + place)) for place in range(7)]
+            crops = torch.randn(7, 2, 1, large, large), torch.randn(7, 3, 1, small, small)
+            batch = Batch.make(*crops, torch.stack(masks), torch.device("cpu"), config, step)
+            student_losses(student, batch, teacher_targets(teacher, batch, 0.05, 3), config)["loss"].backward()
+            made.append(counters["stats"]["unique_graphs"])
+    assert made[0] < made[1] == made[-1] and not counters["graph_break"]
+
+
 def masked_attention(query, key, value, ends, same, longest, also):
     """What varlen_attn, which runs on GPUs alone, computes."""
     owner = torch.bucketize(torch.arange(len(query)), ends[1:], right=True)
