@@ -7,9 +7,11 @@ kernels compute the scores a second time, which by convention is no useful work.
 """
 
 import time
+from dataclasses import fields
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dino_depth.config import PretrainConfig
@@ -46,9 +48,8 @@ def counted(config: PretrainConfig, maps: int) -> float:
     batch = Batch.make(*make_crops(config, maps), make_masks(config, maps), torch.device("cpu"), config)
     student, teacher = Networks(config), Networks(config).requires_grad_(False)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        parts = (batch.global_crops, batch.local_crops, batch.masks, batch.mask_weights, batch.needed)
-        kept = batch.kept and [[mode.from_tensor(part) for part in sets] for sets in batch.kept]
-        batch = Batch(*(mode.from_tensor(part) for part in parts), kept)
+        parts = {part.name: getattr(batch, part.name) for part in fields(batch)}
+        batch = Batch(**tree_map_only(torch.Tensor, mode.from_tensor, parts))
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             targets = teacher_targets(teacher, batch, 0.05, config.loss.sinkhorn_iterations)
             loss = student_losses(student, batch, targets, config)["loss"]

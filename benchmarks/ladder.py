@@ -12,9 +12,12 @@ SIM3D is a tree of ``dino-depth synth sim3d``; each of its objects is one data s
     multiclass  one model of all objects (table 7)
     encoders    other encoders of depth under the same head (table 4)
     steps       numbers of training steps
+    baselines   the other methods of the papers' tables; EfficientAD needs --set --head.efficientad.teacher FILE
+    methods     heads of every kind, registered and not
+    depth       encoders of depth by themselves: PatchCore's bank of all cells
 
 All heads train for equally many steps on the same features; the rows of different tables share features, fitted heads
-and finished cells in FOLDER. A row is the mean over data sets of V-AUPRO@1 % over occupied voxels, and its paired
+and finished trials in FOLDER. A row is the mean over data sets of V-AUPRO@1 % over occupied voxels, and its paired
 difference from the table's reference with a bootstrap interval over data sets: 90 %, so that its lower end is a
 one-sided 95 % bound. A run that was stopped continues; ``--rows`` lets processes share the work.
 """
@@ -49,6 +52,40 @@ def step_rows() -> dict[str, tuple[str, list[str]]]:
         rows[f"cfm_view_{steps}"] = (f"conditioned CFM, {steps} steps", VIEW + words)
         rows[f"modmap_{steps}"] = (f"ModMap, {steps} steps", words)
     return rows
+
+
+def depth_row(encoder: str) -> list[str]:
+    return ["--head.name", "patchcore", "--head.patchcore.modality", "depth", "--head.patchcore.share", "1.0",
+            "--encoder.depth", encoder]  # fmt: skip
+
+
+# The product of both distances of unit vectors, blurred; see configs/sim3d_cfm_published.yaml.
+CFM_MAP = ["--head.modmap.conditioning", "none", "--head.modmap.distance", "euclidean", "--head.modmap.modality",
+           "product", "--prepare.smoothing", "4.69"]  # fmt: skip
+RESIDUAL = ["--head.name", "residual", "--prepare.registration.method", "icp"]
+TEMPLATE = ["--head.name", "template", "--head.template.modality", "image"]
+PATCHCORE = ["--head.name", "patchcore", "--head.patchcore.modality", "image", "--head.patchcore.share", "1.0"]
+REGISTERED = ["--prepare.registration.method", "icp"]
+
+
+def baseline_rows() -> dict[str, tuple[str, list[str]]]:
+    fpfh = ["--encoder.depth", "fpfh?patch={patch}"]
+    bank, m3dm = ["--head.name", "patchcore", "--head.patchcore.modality"], ["--head.name", "m3dm"]
+    ast = ["--head.name", "ast", "--encoder.depth", "raw-patches?patch={patch}"]
+    return {
+        "patchcore_image": ("PatchCore, image", [*bank, "image"]),
+        "patchcore_depth": ("PatchCore, the same network on depth", [*bank, "depth"]),
+        "patchcore_both": ("PatchCore, both", [*bank, "both"]),
+        "patchcore_fpfh": ("PatchCore, FPFH", [*bank, "depth", *fpfh]),
+        "btf": ("BTF, image + FPFH as they come", ["--head.name", "btf", *fpfh]),
+        "btf_scaled": ("BTF, image + FPFH scaled", ["--head.name", "btf", "--head.btf.scale", "spread", *fpfh]),
+        "m3dm": ("M3DM, image + FPFH", [*m3dm, *fpfh]),
+        "m3dm_left_out": ("M3DM, image + FPFH, views left out", [*m3dm, *fpfh, "--head.m3dm.leave_out", "true"]),
+        "m3dm_fusion": ("M3DM, image + FPFH, three banks", [*m3dm, *fpfh, "--head.m3dm.fusion", "true"]),
+        "m3dm_network": ("M3DM, the same network on image and depth", m3dm),
+        "ast": ("AST, image + depth values", ast),
+        "efficientad": ("EfficientAD", ["--head.name", "efficientad"]),
+    }
 
 
 # Table -> (reference row, {row: (what it is, settings that differ from ModMap's defaults)}).
@@ -92,11 +129,36 @@ TABLES = {
         "fpfh": ("FPFH", ["--encoder.depth", "fpfh?patch={patch}"]),
     }),
     "steps": ("modmap_1500", step_rows()),
+    "baselines": ("patchcore_image", baseline_rows()),
+    "methods": ("cfm_view", {
+        "residual": ("residual, depth + image, registered", RESIDUAL),
+        "residual_plain": ("residual, depth + image, as it lies", ["--head.name", "residual"]),
+        "residual_depth": ("residual, depth, registered", [*RESIDUAL, "--head.residual.maps", "[depth]"]),
+        "residual_image": ("residual, image, registered", [*RESIDUAL, "--head.residual.maps", "[image]"]),
+        "residual_features": (
+            "residual, features of the image, registered", [*RESIDUAL, "--head.residual.maps", "[features]"],
+        ),
+        "template": ("template, image", TEMPLATE),
+        "template_registered": ("template, image, registered", TEMPLATE + REGISTERED),
+        "patchcore": ("PatchCore, image", PATCHCORE),
+        "patchcore_registered": ("PatchCore, image, registered", PATCHCORE + REGISTERED),
+        "cfm": ("CFM", ["--head.modmap.conditioning", "none"]),
+        "cfm_published": ("CFM, its authors' map", CFM_MAP),
+        "cfm_view": CFM_VIEW,
+        "modmap": MODMAP,
+    }),
+    "depth": ("tiny", {
+        "tiny": ("tiny", depth_row("tiny")),
+        "untrained": ("tiny, untrained", depth_row("random:tiny")),
+        "lite0": ("EfficientNet-lite0 on depth as a grey picture", depth_row("lite0")),
+        "raw": ("raw patches", depth_row("raw-patches?patch={patch}")),
+        "fpfh": ("FPFH", depth_row("fpfh?patch={patch}")),
+    }),
 }  # fmt: skip
 
 
 def measured(options: argparse.Namespace, row: str, words: list[str]) -> dict[str, dict]:
-    """The finished cells of every data set."""
+    """The finished trials of every data set."""
     out = Path(options.out)
     common = ["--data.root", options.root, "--out", str(out / row), "--device", "cpu", "--seeds", str(options.seeds)]
     common += ["--encoder.cache", str(out / "features"), "--head.cache", str(out / "heads")]
@@ -107,8 +169,8 @@ def measured(options: argparse.Namespace, row: str, words: list[str]) -> dict[st
     facts = {"depth": options.depth, "patch": options.patch, "pair_cells": 4 * options.tokens}
     evaluate(parse(EvaluateConfig, [*common, *(word.format(**facts) for word in words)], "ladder"))
     found: dict[str, list[dict]] = {}
-    for cell in json.loads((out / row / "results.json").read_text())["cells"]:
-        found.setdefault(cell["category"], []).append(cell)
+    for trial in json.loads((out / row / "results.json").read_text())["trials"]:
+        found.setdefault(trial["category"], []).append(trial)
     return found
 
 
@@ -117,12 +179,12 @@ def interval(values: np.ndarray) -> str:
     return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
-def table(reference: str, meaning: dict[str, str], cells: dict[str, dict[str, list[dict]]]) -> str:
-    names = sorted(set.intersection(*(set(found) for found in cells.values())))
+def table(reference: str, meaning: dict[str, str], trials: dict[str, dict[str, list[dict]]]) -> str:
+    names = sorted(set.intersection(*(set(found) for found in trials.values())))
     score, detection = (
         {
-            row: np.array([np.mean([cell["metrics"][metric] for cell in found[name]]) for name in names])
-            for row, found in cells.items()
+            row: np.array([np.mean([trial["metrics"][metric] for trial in found[name]]) for name in names])
+            for row, found in trials.items()
         }
         for metric in (METRIC, "I-AUROC")
     )
@@ -134,7 +196,7 @@ def table(reference: str, meaning: dict[str, str], cells: dict[str, dict[str, li
             difference = values - score[reference]
             paired, ahead = interval(difference), f"{np.count_nonzero(difference > 0)} of {len(names)}"
         lines.append(f"| {meaning[row]} | {values.mean():.3f} | {paired} | {ahead} | {detection[row].mean():.3f} |")
-    first = next(iter(cells.values()))
+    first = next(iter(trials.values()))
     for baseline in BASELINES:
         values = [first[name][0]["baselines"][baseline][METRIC] for name in names]
         lines.append(f"| {baseline} | {np.mean(values):.3f} | | | |")
@@ -164,8 +226,8 @@ def main():
     options = parser.parse_args()
     reference, rows = TABLES[options.table]
     rows = {row: rows[row] for row in options.rows or rows}
-    cells = {row: measured(options, row, words) for row, (_, words) in rows.items()}
-    print(table(reference, {row: meaning for row, (meaning, _) in TABLES[options.table][1].items()}, cells))
+    trials = {row: measured(options, row, words) for row, (_, words) in rows.items()}
+    print(table(reference, {row: meaning for row, (meaning, _) in TABLES[options.table][1].items()}, trials))
 
 
 if __name__ == "__main__":

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 
 from dino_depth.config import PretrainConfig, parse
-from dino_depth.pretrain.loading import make_loader
+from dino_depth.pretrain.loading import make_loader, open_maps
+from dino_depth.pretrain.maps import Maps
 from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.train import pretrain
 
 
-def rate(shards: DepthShards, config: PretrainConfig, maps: int) -> float:
-    """Maps per second over ``maps`` maps, after the first batch."""
-    config.train.steps = maps // config.train.batch + 2
-    loader = make_loader(shards, config, 0, torch.device("cpu"))
+def rate(maps: Maps, config: PretrainConfig, count: int) -> float:
+    """Maps per second over ``count`` maps, after the first batch."""
+    config.train.steps = count // config.train.batch + 2
+    loader = make_loader(maps, config, 0, torch.device("cpu"))
     next(loader)
     start = time.perf_counter()
     batches = sum(1 for _ in loader)
@@ -43,12 +44,10 @@ def main():
     for resident in (False, True):
         for workers in options.workers:
             config = parse(PretrainConfig, words, "loader")
-            config.data.workers = workers
-            shards = DepthShards(config.data.shards, config.data.splits)
-            if resident:
-                shards.make_resident()
+            config.data.workers, config.data.resident = workers, resident
+            maps = open_maps(DepthShards.configured(config.data), config.data, torch.device("cpu"))
             kept = "resident" if resident else "from disk"
-            print(f"{workers} workers, {kept:9}  {rate(shards, config, options.maps):7.1f} maps/s", flush=True)
+            print(f"{workers} workers, {kept:9}  {rate(maps, config, options.maps):7.1f} maps/s", flush=True)
     if options.steps:
         with tempfile.TemporaryDirectory() as folder:
             config = parse(PretrainConfig, [*words, "--out", folder + "/run", "--data.workers", "1"], "loader")

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_depth.anomaly.crossmodal import crossmodal_distances, view_codes
 from dino_depth.anomaly.features import SampleFeatures
-from dino_depth.anomaly.heads.modmap import ModMap, ModMapConfig, fit, score
+from dino_depth.anomaly.heads import Context
+from dino_depth.anomaly.heads.modmap import Config, ModMap, fit, score
+from dino_depth.anomaly.heads.modmap.crossmodal import crossmodal_distances, view_codes
 from dino_depth.config import ModelConfig
 from dino_depth.device import pick_device, reuse_memory
 from dino_depth.errors import GateError
@@ -48,7 +49,7 @@ def make_encoder(name: str, size: int, device: torch.device) -> DepthTransformer
 def make_head(views: int, dims: tuple[int, int], device: torch.device) -> ModMap:
     """A head whose modulators are no longer the identity; one training step makes it complete."""
     random = SampleFeatures(*(torch.randn(views, 2, 2, dim) for dim in dims), torch.ones(views, 2, 2))
-    head = fit([random], ModMapConfig(steps=1), 0, device)
+    head = fit([random], Config(steps=1), Context(0, device))
     for network in (head.members[0].image_modulator, head.members[0].depth_modulator):
         network[-1].weight.normal_(std=0.3)
     return head

@@ -57,9 +57,9 @@ def main():
             words += ["--test_per_category", "0", "--validation_per_category", "50"]
             call("synth", "mvtec3d", "--out", str(raw), "--plane", plane, *words)
         call("prep", "mvtec3d", "--root", str(raw), "--out", str(shards))
-    cells = [(method, seed) for method in METHODS for seed in range(options.seeds)]
+    trials = [(method, seed) for method in METHODS for seed in range(options.seeds)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = dict(zip(cells, pool.map(lambda cell: measure(work, *cell, options.steps), cells), strict=True))
+        results = dict(zip(trials, pool.map(lambda trial: measure(work, *trial, options.steps), trials), strict=True))
     print("| maps | normalisation | gate |" + "".join(f" {name} |" for name in FIGURES))
     print("|---|---|---|" + "---|" * len(FIGURES))
     for kind in ("plane", "floating"):

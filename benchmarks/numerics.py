@@ -31,7 +31,7 @@ from dino_depth.vit import probe_attention
 
 FLOAT32, BFLOAT16, NARROW = 1e-3, 0.05, 0.1  # float32 against itself, bfloat16 against itself, against float32
 # What pretrain_step.py can leave out and computes the same; the others change the configuration or move weights.
-SAME = ("packing", "last_rows", "scaled_weights", "sinkhorn", "cross_entropy", "weight_norm")
+SAME = ("packing", "last_rows", "in_place", "scaled_weights", "sinkhorn", "cross_entropy", "weight_norm")
 TINY = ["--config", "pretrain_demo", "--model.dim", "64", "--model.heads", "2", "--train.batch", "6"]
 FULL = ["--config", "pretrain", "--train.batch", "16", "--loss.prototypes", "65536"]
 

@@ -71,6 +71,16 @@ def _last_rows(config: PretrainConfig):
     _replace(DepthTransformer, "forward_packed", everything)
 
 
+def _in_place(config: PretrainConfig):
+    """Residuals, and the gradients of the rows that take a branch, are new tensors."""
+    residual = vit._residual
+
+    def anew(branch, tokens, groups, kept, in_place=False):
+        return residual(branch, tokens, groups, kept)
+
+    _replace(vit, "_residual", anew)
+
+
 def _scaled_weights(config: PretrainConfig):
     """LayerScale multiplies tokens."""
 
@@ -151,7 +161,7 @@ def _allocator(config: PretrainConfig):
 
 OPTIMISATIONS = {
     "compile": _compile, "bf16": _bf16, "onednn": _onednn, "attention_by_products": _attention_by_products,
-    "stochastic_depth": _stochastic_depth, "packing": _packing, "last_rows": _last_rows,
+    "stochastic_depth": _stochastic_depth, "packing": _packing, "last_rows": _last_rows, "in_place": _in_place,
     "scaled_weights": _scaled_weights, "sinkhorn": _sinkhorn, "cross_entropy": _cross_entropy,
     "weight_norm": _weight_norm, "fused_adamw": _fused_adamw, "foreach_ema": _foreach_ema, "allocator": _allocator,
 }  # fmt: skip

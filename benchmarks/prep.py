@@ -24,10 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.exr import decode_exr
 from data_prep.folder import FolderOptions
-from data_prep.formats import decode_exr, decode_image, decode_npy, decode_pgm, decode_png, decode_tiff
-from data_prep.item import Item, sample_keys
-from data_prep.listing import list_source, readers
+from data_prep.formats import decode_image, decode_npy, decode_pfm, decode_pgm, decode_png, decode_tiff
+from data_prep.item import Item, shared_keys
+from data_prep.listing import READERS, list_source
 from data_prep.output import PROGRESS
 from data_prep.shard_writer import ShardTask, makes_images, reader_module, write_shard
 from data_prep.shards import PrepareConfig
@@ -37,7 +38,9 @@ from dino_depth.errors import DataError, GateError, ReportedError
 TIMES_FLOOR, GROWTH = 2.5, 1.15
 FEW, MANY = 100, 10_000
 STAGES = ("decode", "read", "whole")
-DECODERS = {".png": decode_png, ".pgm": decode_pgm, ".npy": decode_npy, ".exr": decode_exr}
+DECODERS = {
+    ".png": decode_png, ".pgm": decode_pgm, ".pfm": decode_pfm, ".npy": decode_npy, ".exr": decode_exr,
+}  # fmt: skip
 
 
 def render(layout: str, folder: Path, maps: int, size: int) -> Path:
@@ -58,13 +61,13 @@ def stages(name: str, items: list[Item], scratch: Path) -> dict[str, Callable[[]
             "whole": lambda: [reader.read_image(item) for item in items],
         }
     decode = DECODERS.get(items[0].file.suffix, decode_tiff)
-    keys = sample_keys(items)
+    shared = shared_keys(lambda: items)
 
     def whole():
         # A new folder each time: a shard that is there is not written again.
         out = Path(tempfile.mkdtemp(dir=scratch))
         (out / PROGRESS).mkdir()
-        row = write_shard(ShardTask(0, out, name, 0, items, keys), lambda done: None)
+        row = write_shard(ShardTask(0, out, name, 0, items, shared), lambda done: None)
         if row["samples"] < len(items):
             raise DataError(f"{name}: {row['dropped'][0]['path']}: {row['dropped'][0]['reason']}")
 
@@ -105,7 +108,7 @@ def peak_mebibytes(samples: int, scratch: Path) -> float:
 def sources(options: argparse.Namespace, scratch: Path) -> dict[str, tuple[Path, FolderOptions]]:
     """Root and folder options of every reader to be timed."""
     found = {}
-    for name in options.readers or readers():
+    for name in options.readers or READERS:
         if name in options.root:
             found[name] = (Path(options.root[name]), FolderOptions())
         elif name in LAYOUTS:
@@ -120,14 +123,14 @@ def sources(options: argparse.Namespace, scratch: Path) -> dict[str, tuple[Path,
 
 def named_root(text: str) -> tuple[str, str]:
     name, _, root = text.partition("=")
-    if name not in readers() or not root:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR with one of {', '.join(readers())}")
+    if name not in READERS or not root:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR with one of {', '.join(READERS)}")
     return name, root
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readers", nargs="+", choices=readers(), help="all if not given")
+    parser.add_argument("--readers", nargs="+", choices=READERS, help="all if not given")
     parser.add_argument("--root", nargs="+", type=named_root, default=[], metavar="NAME=DIR", help="real data")
     parser.add_argument("--maps", type=int, default=16, help="files of each reader in a round")
     parser.add_argument("--size", type=int, default=512, help="height and width of rendered maps")

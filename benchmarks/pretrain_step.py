@@ -34,9 +34,9 @@ from dino_depth import device as devices
 from dino_depth.compiled import compiling
 from dino_depth.config import PretrainConfig, parse
 from dino_depth.pretrain import student_teacher
-from dino_depth.pretrain.loading import make_loader, next_crops
+from dino_depth.pretrain.loading import make_loader, next_crops, open_maps
+from dino_depth.pretrain.maps import Drawn, MapsInShards
 from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
-from dino_depth.pretrain.resident import ResidentMaps
 from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.student_teacher import Batch, Networks
 from dino_depth.progress import peak_memory
@@ -55,7 +55,8 @@ def synthetic(config: PretrainConfig):
     """Crops and masks without a loader: the same noise every step."""
     crops, step = make_crops(config, config.train.batch), 0
     while True:
-        yield *crops, make_masks(config, config.train.batch, step)
+        nothing = torch.empty(0)
+        yield Drawn(nothing, nothing, make_masks(config, config.train.batch, step), (), crops, ())
         step += 1
 
 
@@ -72,14 +73,10 @@ def measure(config: PretrainConfig, steps: int, forced: bool, profile: str = "",
     student, teacher = Networks(config).to(device), Networks(config).to(device).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
     optimizer = build_optimizer(student, config)
-    loader, resident = synthetic(config), None
+    loader, maps = synthetic(config), MapsInShards(None)
     if config.data.shards:
-        shards = DepthShards.configured(config.data)
-        if config.data.on_device:
-            resident = ResidentMaps(shards, config.data, device)
-        elif config.data.resident:
-            shards.make_resident()
-        loader = make_loader(shards, config, 0, device, resident and resident.validity)
+        maps = open_maps(DepthShards.configured(config.data), config.data, device)
+        loader = make_loader(maps, config, 0, device)
 
     def precision():
         if forced:
@@ -92,9 +89,9 @@ def measure(config: PretrainConfig, steps: int, forced: bool, profile: str = "",
         return time.perf_counter()
 
     def step(number: int, lap):
-        data = next_crops(loader, config, number, resident)
+        *data, partners, _ = next_crops(loader, config, number, maps)
         lap("wait")
-        data = Batch.make(*data, device, config, number)
+        data = Batch.make(*data, device, config, number, partners=partners)
         lap("data")
         now = schedule(config, 2000 + number)
         set_rates(optimizer, now)

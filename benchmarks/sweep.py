@@ -64,9 +64,9 @@ def main():
     if options.maps and options.setting != "train.batch":
         parser.error("--maps needs --setting train.batch")
     shards = options.shards or render(Path(options.work), options.per_category)
-    cells = [(value, seed) for value in options.values for seed in range(options.seeds)]
+    trials = [(value, seed) for value in options.values for seed in range(options.seeds)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        probes = dict(zip(cells, pool.map(lambda cell: measure(options, shards, *cell), cells), strict=True))
+        probes = dict(zip(trials, pool.map(lambda trial: measure(options, shards, *trial), trials), strict=True))
     print(f"| {options.setting} | gate |" + "".join(f" {name}, gain |" for name in FIGURES))
     print("|---|---|" + "---|" * len(FIGURES))
     for value in options.values:

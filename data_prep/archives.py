@@ -14,7 +14,7 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +28,9 @@ LARGEST_FILE = 2**31
 # deflate reaches 1030 to 1 on zeros only; no depth map or photograph comes near.
 LARGEST_RATIO = 500
 RATIO_MATTERS = 2**26
-COMPRESSED = {".gz": gzip.open, ".tgz": gzip.open, ".xz": lzma.open, ".txz": lzma.open, ".bz2": bz2.open}
+# By their first bytes: what an archive is called says nothing (Eyecandies ships tars named .zip).
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open, b"BZh": bz2.open}
+ZIP = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|txz|tar\.(gz|xz|bz2))$", re.IGNORECASE)
 # Small descriptions beside the data are read while a compressed tar is indexed: going back for them would decompress
 # everything before them again. Of pictures the header is kept, which holds their size.
@@ -164,7 +166,22 @@ def _tar(path: str) -> BinaryIO:
 
 
 def _open_tar(path: str) -> BinaryIO:
-    return COMPRESSED.get(os.path.splitext(path)[1].lower(), open)(path, "rb")
+    return (_compression(path) or open)(path, "rb")
+
+
+def _compression(path: str | Path) -> Callable[..., BinaryIO] | None:
+    """What opens a compressed tar; None for any other file."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    return next((opened for magic, opened in COMPRESSED.items() if start.startswith(magic)), None)
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(262)
+    # A zip may stand behind a program that unpacks it, and a tar may hold a zip at its end.
+    is_tar = start[257:] == b"ustar" or _compression(path) is not None
+    return start.startswith(ZIP) or (not is_tar and zipfile.is_zipfile(path))
 
 
 class _TarStream:
@@ -198,9 +215,9 @@ def index_archive(path: Path, shown: str) -> dict[str, RawFile]:
     """
     if not path.is_file():
         raise DataError(f"{path} is not a file")
-    indexing = _index_zip if path.suffix.lower() == ".zip" else _index_tar
     found = {}
     try:
+        indexing = _index_zip if _is_zip(path) else _index_tar
         for file in indexing(path, shown):
             name = _clean(file.member, path)
             if name and not any(map(hidden, name.split("/"))):
@@ -239,11 +256,10 @@ def _refuse_bomb(path: Path, member: str, size: int, compressed: int):
 
 
 def _index_tar(path: Path, shown: str) -> Iterator[RawFile]:
-    sequential, compressed = path.suffix.lower() in COMPRESSED, path.stat().st_size
+    sequential, compressed = _compression(path) is not None, path.stat().st_size
     links: list[tuple[str, str]] = []
     seen: dict[str, RawFile] = {}
     kept = 0
-    # Opened by its suffix, as for reading, whatever its content looks like.
     with _open_tar(str(path)) as file, tarfile.open(fileobj=(stream := _TarStream(file)), mode="r:") as archive:
         for member in archive:
             if member.size < 0:

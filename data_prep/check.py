@@ -1,20 +1,29 @@
-"""Verifies a shard folder against its manifest, sample by sample."""
+"""Verifies a shard folder against its manifest, sample by sample, and says which maps are hard to believe."""
 
-import json
 import math
-import tarfile
+import os
+from array import array
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from data_prep.formats import decode_png
-from data_prep.manifest import MANIFEST, config_differences, count, digest_json, file_fault, read_manifest
+from data_prep.item import repeated
+from data_prep.manifest import config_differences, count, digest_json, digest_pieces, file_fault, stored_shards
+from data_prep.plausibility import PlausibilityConfig, Summary, implausible, summarise
 from data_prep.workers import available_cores
-from dino_depth.depth import LAST_CODE, UNIT, decode
+from dino_depth.depth import LAST_CODE, UNIT
 from dino_depth.errors import DataError
 from dino_depth.progress import Progress
+from dino_depth.sample import sample_map
+from dino_depth.shard_format import JSON, MANIFEST, StoredSample, parse_description, read_manifest, read_samples
+from dino_depth.shard_index import SampleIndex
 from dino_depth.storage import RemotePath, ShardCache, location
 
 __all__ = ["CheckConfig", "check"]
@@ -22,10 +31,11 @@ __all__ = ["CheckConfig", "check"]
 NUMBERS = ("near", "far", "valid_fraction")
 STRINGS = ("unit", "kind", "source", "dataset", "category", "split", "label")
 SIDES = ("height", "width")
-PNG, JSON = "depth.png", "json"
 PLACE = ("dataset", "category", "split", "label")
 
 Place = tuple[str, str, str, str]
+Found = tuple[str, dict, Summary]  # key, description and figures of a sample
+DOUBTS_SHOWN = 3
 
 
 @dataclass
@@ -57,28 +67,75 @@ def check(config: CheckConfig) -> None:
     cache = ShardCache(config.cache, config.cache_gib)
     manifest = read_manifest(folder)
     _check_manifest(folder, manifest)
-    seen: dict[str, str] = {}
-    samples = []
+    samples: Counter[Place] = Counter()
+    parts: list[SampleIndex] = []
+    figures: dict[str, _Figures] = {}
+    doubts, doubtful = [], 0
     with Progress("check", manifest["total"], "maps") as progress, ThreadPoolExecutor(available_cores()) as pool:
         try:
-            for shard, found in zip(
+            for shard, (found, part) in zip(
                 manifest["shards"],
                 pool.map(lambda shard: _check_shard(folder, shard, cache), manifest["shards"]),
                 strict=True,
             ):
-                for key, place in found:
-                    if key.lower() in seen:
-                        raise DataError(f"{folder / shard['file']}: {key}: its key is also in {seen[key.lower()]}")
-                    seen[key.lower()] = shard["file"]
-                    samples.append(place)
+                parts.append(part)
+                for key, description, summary in found:
+                    samples[tuple(description[name] for name in PLACE)] += 1
+                    figures.setdefault(description["dataset"], _Figures()).add(summary)
+                    limits = _limits(manifest, description["dataset"])
+                    if reason := next((reason for reason, _ in implausible(summary, limits)), ""):
+                        doubtful += 1
+                        doubts += [f"{shard['file']}: {key}: {reason}"][: DOUBTS_SHOWN - len(doubts)]
                 progress.advance(len(found))
         finally:
             pool.shutdown(cancel_futures=True)
+    _check_keys(folder, manifest, parts)
     differences = config_differences(count(samples), manifest["counts"], "counts.")
     if differences:
         raise DataError(f"{folder / MANIFEST} disagrees with the samples: {differences[0]}")
+    if row := manifest.get("index"):
+        _check_index(folder, row, parts, cache)
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 2**20
-    print(f"{folder} is intact: {len(samples)} maps in {len(manifest['shards'])} shards, {size:.1f} MiB")
+    for dataset, one in figures.items():
+        print(f"{dataset}: {one}")
+    if doubts:
+        more = f"; and {doubtful - len(doubts)} more" if doubtful > len(doubts) else ""
+        print(f"{doubtful} of the maps are hard to believe: {'; '.join(doubts)}{more}")
+    print(f"{folder} is intact: {samples.total()} maps in {len(manifest['shards'])} shards, {size:.1f} MiB")
+
+
+def _limits(manifest: dict, dataset: str) -> PlausibilityConfig:
+    """What a map was held to when it was written; shards of before there were limits are held to today's."""
+    stated = manifest["config"].get("plausible", {})
+    if manifest["config"].get("sources", {}).get(dataset, {}).get("encoding") == "grey":
+        return PlausibilityConfig((0, 0), 0, 0, 0, 0, 0, 0)
+    return PlausibilityConfig(
+        **{name: value for name, value in stated.items() if name in PlausibilityConfig.__dataclass_fields__}
+    )
+
+
+@dataclass
+class _Figures:
+    """The stored maps of one dataset."""
+
+    near: float = math.inf
+    far: float = 0.0
+    step: array = field(default_factory=lambda: array("d"))
+    distinct: array = field(default_factory=lambda: array("l"))
+    unit: str = ""
+
+    def add(self, summary: Summary):
+        self.unit, self.near, self.far = UNIT[summary.kind], min(self.near, summary.near), max(self.far, summary.far)
+        self.step.append(summary.step)
+        self.distinct.append(summary.distinct)
+
+    def __str__(self) -> str:
+        step = np.frombuffer(self.step) * (1e6 if self.unit == "m" else 1)
+        return (
+            f"depth {self.near:.4g}..{self.far:.4g} {self.unit}; one code is {np.median(step):.3g} "
+            f"{'um' if self.unit == 'm' else 'relative'} in the median, {step.max():.3g} at most; "
+            f"{np.median(self.distinct):,.0f} distinct depths a map, {min(self.distinct):,} at least"
+        )
 
 
 def _check_manifest(folder: Path | RemotePath, manifest: dict):
@@ -92,19 +149,14 @@ def _check_manifest(folder: Path | RemotePath, manifest: dict):
     total = sum(shard["samples"] for shard in manifest["shards"])
     if total != manifest["total"]:
         raise DataError(f"{path}: total is {manifest['total']}, its shards hold {total}")
-    for extra in sorted(_tars(folder) - set(listed)):
+    # Web servers do not list folders.
+    stored = {} if isinstance(folder, RemotePath) and folder.read_only else stored_shards(folder)
+    for extra in sorted(stored.keys() - set(listed)):
         raise DataError(f"{folder / extra} is not in {MANIFEST}")
 
 
-def _tars(folder: Path | RemotePath) -> set[str]:
-    if isinstance(folder, Path):
-        return {path.name for path in folder.glob("*.tar")}
-    # Web servers do not list folders.
-    return set() if folder.read_only else {name for name in folder.sizes() if name.endswith(".tar")}
-
-
-def _check_shard(folder: Path | RemotePath, shard: dict, cache: ShardCache) -> list[tuple[str, Place]]:
-    """The key and place of every sample of a shard."""
+def _check_shard(folder: Path | RemotePath, shard: dict, cache: ShardCache) -> tuple[list[Found], SampleIndex]:
+    """Every sample of a shard, and the rows of the index that belong to it."""
     path = folder / shard["file"]
     if isinstance(path, RemotePath):
         # What arrives damaged is not kept, so its samples are not looked at.
@@ -118,72 +170,68 @@ def _check_shard(folder: Path | RemotePath, shard: dict, cache: ShardCache) -> l
         raise DataError(f"{path}: {damage or error}") from error
 
 
-def _read_shard(path: Path | RemotePath, file: BinaryIO, shard: dict, damage: str) -> list[tuple[str, Place]]:
-    found: list[tuple[str, Place]] = []
+def _read_shard(path: Path | RemotePath, file: BinaryIO, shard: dict, damage: str) -> tuple[list[Found], SampleIndex]:
+    found: list[Found] = []
+    rows: list[tuple[StoredSample, dict]] = []
     try:
-        for key, members in _samples(file):
+        for sample in read_samples(file, shard["samples"]):
+            png, json = (os.pread(file.fileno(), size, offset) for offset, size in (sample.png, sample.json))
             try:
-                description = _check_sample(members)
-                found.append((key, tuple(description[name] for name in PLACE)))
+                found.append((sample.key, *_check_sample(png, json)))
             except DataError as error:
-                raise DataError(f"sample {key}: {error}") from error
-        if len(found) != shard["samples"]:
-            last = f", the last is {found[-1][0]}" if found else ""
-            raise DataError(f"{len(found)} samples, the manifest says {shard['samples']}{last}")
+                raise DataError(f"sample {sample.key}: {error}") from error
+            rows.append((sample, found[-1][1]))
+        index = SampleIndex.of(rows)
     except DataError as error:
         raise DataError(f"{path}: {damage + '; ' if damage else ''}{error}") from error
     if damage:
         raise DataError(f"{path}: {damage}; its {len(found)} samples can be read")
-    return found
+    return found, index
 
 
-def _samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Every sample of a tar: its key and its members by suffix, grouped as WebDataset does."""
-    key, members = "", {}
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, suffix = name.partition(".")
-                if not (member.isreg() and stem and dot):
-                    raise DataError(f"unexpected member {member.name} after sample {key or '(none)'}")
-                this = f"{folder}/{stem}" if folder else stem
-                if this != key and members:
-                    yield key, members
-                    members = {}
-                key = this
-                if suffix in members:
-                    raise DataError(f"sample {key}: two members {suffix}")
-                members[suffix] = tar.extractfile(member).read()
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        raise DataError(f"broken tar after sample {key or '(none)'}: {error}") from error
-    if members:
-        yield key, members
+def _check_keys(folder: Path | RemotePath, manifest: dict, parts: list[SampleIndex]):
+    """Refuses keys that differ in case alone, or not at all."""
+    pairs = list(zip(manifest["shards"], parts, strict=True))
+
+    def keys() -> Iterator[tuple[str, str]]:
+        for shard, part in pairs:
+            yield from ((part.key(place), shard["file"]) for place in range(len(part)))
+
+    for twice in repeated(lambda: (key.lower() for key, _ in keys())):
+        (_, first), (key, second) = islice((pair for pair in keys() if pair[0].lower() == twice), 2)
+        raise DataError(f"{folder / second}: {key}: its key is also in {first}")
 
 
-def _check_sample(members: dict[str, bytes]) -> dict:
-    """The description of a sample whose PNG agrees with it."""
-    if set(members) != {PNG, JSON}:
-        raise DataError(f"members are {', '.join(sorted(members))}, expected {PNG} and {JSON}")
-    try:
-        description = json.loads(members[JSON])
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{JSON} cannot be read: {error}") from error
-    if not isinstance(description, dict):
-        raise DataError(f"{JSON} is no object")
+def _check_index(folder: Path | RemotePath, row: dict, parts: list[SampleIndex], cache: ShardCache):
+    """The stored index against the one that the shards make."""
+    path = folder / row["file"]
+    if isinstance(path, RemotePath):
+        cache.open(path, row, fresh=True).close()
+    elif fault := file_fault(path, row):
+        raise DataError(f"{path}: {fault}")
+    if digest_pieces(SampleIndex.join(parts).pieces()) != row["sha256"]:
+        raise DataError(f"{path} disagrees with the shards: run the same `prep` into another folder")
+
+
+def _check_sample(png: bytes, json: bytes) -> tuple[dict, Summary]:
+    """The description of a sample whose PNG agrees with it, and the figures of its map."""
+    description = parse_description(json)
     _check_description(description)
-    codes = decode_png(members[PNG])
-    depth_map = decode(codes, description["near"], description["far"], description["kind"])
+    codes, coding = decode_png(png), description.get("coding", "linear")
+    depth_map = sample_map(codes, description)
     if codes.shape != (description["height"], description["width"]):
         raise DataError(f"the map is {codes.shape}, {JSON} says {description['height']}, {description['width']}")
-    if not math.isclose(depth_map.valid.mean(), description["valid_fraction"], abs_tol=1e-9):
-        raise DataError(f"valid_fraction is {depth_map.valid.mean()}, {JSON} says {description['valid_fraction']}")
+    summary = summarise(codes, description["near"], description["far"], depth_map.kind, coding)
+    if not math.isclose(summary.valid, description["valid_fraction"], abs_tol=1e-9):
+        raise DataError(f"valid_fraction is {summary.valid}, {JSON} says {description['valid_fraction']}")
     # The coding spends the whole range: code 1 is the nearest depth, the last one the farthest.
     used = int(codes[depth_map.valid].min()), int(codes.max())
     expected = (1, LAST_CODE) if description["near"] < description["far"] else (1, 1)
     if used != expected:
         raise DataError(f"codes run over {used}, expected {expected}")
-    return description
+    if description.get("distinct", summary.distinct) != summary.distinct:
+        raise DataError(f"{summary.distinct} distinct codes, {JSON} says {description['distinct']!r}")
+    return description, summary
 
 
 def _check_description(description: dict):

@@ -1,6 +1,6 @@
 """Any directory of depth files: people's own data, single frames, recordings.
 
-16-bit png and pgm, tiff, npy, exr and organised pcd files, one map each. What a stored value means is said by
+16-bit png and pgm, pfm, tiff, npy, exr and organised pcd files, one map each. What a stored value means is said by
 :class:`FolderOptions`; files without a depth suffix (colour images, poses, logs) are not looked at unless ``glob``
 names them.
 
@@ -9,21 +9,37 @@ names them.
     TUM           --folder.scale 0.0002              5000 a metre
     SUN RGB-D     --folder.encoding sun_rgbd         the three low bits are stored on top
     NYU raw       --folder.encoding nyu_raw          byte-swapped Kinect disparity
+    Blender       --folder.layer ViewLayer.Depth     one of many channels, where none says that it is depth
+
+Nothing is guessed that a file leaves open: which of several images, channels or layers is depth is told by ``layer``
+or ``channel``, and values below 0 in number are a camera that looks the other way.
 
 With ``encoding grey`` it reads photographs instead, png and jpeg, as single-channel maps of their brightness: what an
 *image* encoder with one channel is pretrained on.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from data_prep.archives import RawFile
-from data_prep.formats import decode_exr, decode_image, decode_npy, decode_pgm, decode_png, decode_tiff
-from data_prep.item import Item, unexpected_layout
+from data_prep.exr import decode_exr
+from data_prep.formats import (
+    ManyLayers,
+    decode_image,
+    decode_npy,
+    decode_pfm,
+    decode_pgm,
+    decode_png,
+    decode_tiff,
+)
+from data_prep.item import FolderItems, Item, unexpected_layout
 from data_prep.pcd import decode_pcd
+from data_prep.plausibility import refuse_negative
 from data_prep.tree import RawTree
 from dino_depth.depth import DepthMap, grey_map
 from dino_depth.errors import ConfigError, DataError
@@ -31,7 +47,7 @@ from dino_depth.errors import ConfigError, DataError
 __all__ = ["FolderOptions", "describe", "items", "read"]
 
 METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3, "um": 1e-6}
-SUFFIXES = (".png", ".pgm", ".tif", ".tiff", ".npy", ".exr", ".pcd")
+SUFFIXES = (".png", ".pgm", ".pfm", ".tif", ".tiff", ".npy", ".exr", ".pcd")
 PHOTOGRAPHS = (".png", ".jpg", ".jpeg")
 UNSORTED = "all"
 
@@ -51,8 +67,12 @@ class FolderOptions:
         unit: m, cm, mm or um; auto is metres for floats and millimetres for integers (ROS REP 118).
         scale: metres (or relative depth) of a stored 1, instead of ``unit``; 0: from ``unit``.
         missing: stored values that mean "missing", besides NaN, infinity and, where larger is farther, 0 and less.
-        channel: which of several channels is depth; 2 is the Z of X, Y, Z.
-        larger_is: farther for depth; nearer for heights, which ``offset`` turns into depth.
+        farthest: what is farther, in metres (or relative depth) after scaling, is missing; 0: nothing is.
+        channel: which of several channels is depth; -1: the third of floats, which are X, Y and Z, while integers are
+            colours and refused.
+        layer: which of several images is depth: a number from 0 in a tiff, the name of a layer or channel in an exr.
+        larger_is: farther for depth; nearer for heights, which ``offset`` turns into depth, and for cameras that look
+            along -Z.
         offset: where larger is nearer: distance of the height 0 from the camera, in metres after scaling.
         encoding: linear, the raw codes of a known dataset (sun_rgbd, nyu_raw), or grey for photographs.
     """
@@ -67,31 +87,35 @@ class FolderOptions:
     unit: Literal["auto", "m", "cm", "mm", "um"] = "auto"
     scale: float = 0.0
     missing: list[float] = field(default_factory=list)
-    channel: int = 2
+    farthest: float = 0.0
+    channel: int = -1
+    layer: str = ""
     larger_is: Literal["farther", "nearer"] = "farther"
     offset: float = 0.0
     encoding: Literal["linear", "sun_rgbd", "nyu_raw", "grey"] = "linear"
 
 
-def items(tree: RawTree, options: FolderOptions) -> list[Item]:
+def items(tree: RawTree, options: FolderOptions) -> Sequence[Item]:
     """Every depth file of a folder.
 
     Raises:
         ConfigError: an option is out of range, contradicts another, or ``glob`` names a file of another format.
-        DataError: there is no depth file.
+        DataError: there is no depth file, or none of its folders could name the split.
     """
     _check(options)
     suffixes = PHOTOGRAPHS if options.encoding == "grey" else SUFFIXES
     formats = "|".join(suffix[1:] for suffix in suffixes)
-    found = tree.find(f"[^/]+/(?:{_expression(options.glob)})" if options.glob else rf".*\.(?i:{formats})")
-    names = [name for _, name in found]
-    foreign = [name for name in names if tree[name].suffix not in suffixes]
-    if foreign:
-        raise ConfigError(f"folder.glob matches {foreign[0]}, which is none of {', '.join(suffixes)}: narrow it")
+    names = tree.find_names(f"[^/]+/(?:{_expression(options.glob)})" if options.glob else rf".*\.(?i:{formats})")
+    if foreign := next((name for name in names if tree[name].suffix not in suffixes), ""):
+        raise ConfigError(f"folder.glob matches {foreign}, which is none of {', '.join(suffixes)}: narrow it")
     if not names:
         pattern = options.glob or " ".join(f"*{suffix}" for suffix in suffixes)
         raise unexpected_layout(tree, "folder", f"files matching {pattern}")
-    return [_item(tree, name, options) for name in names]
+    if not options.split and (bare := next((name for name in names if "/" not in name), "")):
+        raise DataError(f"{tree[bare]} lies in no folder that could name its split: give folder.split")
+    if tree.plain:
+        return FolderItems(partial(_folder_item, str(tree.root), options), names)
+    return [_item(tree[name], name, options) for name in names]
 
 
 def _expression(glob: str) -> str:
@@ -117,16 +141,19 @@ def _check(options: FolderOptions):
         raise ConfigError("folder.encoding nyu_raw is metric by itself: give neither folder.scale nor folder.unit")
     if options.larger_is == "farther" and options.offset:
         raise ConfigError(f"folder.offset {options.offset} needs folder.larger_is nearer")
-    if options.larger_is == "nearer" and not options.offset > 0:
-        raise ConfigError("folder.larger_is nearer needs folder.offset, the distance of height 0 from the camera")
-    if options.channel < 0:
-        raise ConfigError(f"folder.channel must be 0 or more, got {options.channel}")
+    for name, value, lowest in (("offset", options.offset, 0), ("farthest", options.farthest, 0)):
+        if not lowest <= value < np.inf:
+            raise ConfigError(f"folder.{name} must be {lowest} or more, got {value}")
+    if options.channel < -1:
+        raise ConfigError(f"folder.channel must be -1 or more, got {options.channel}")
 
 
-def _item(tree: RawTree, source: str, options: FolderOptions) -> Item:
-    file, folders = tree[source], source.split("/")[:-1]
-    if not options.split and not folders:
-        raise DataError(f"{file} lies in no folder that could name its split: give folder.split")
+def _folder_item(root: str, options: FolderOptions, source: str) -> Item:
+    return _item(RawFile(root, source), source, options)
+
+
+def _item(file: RawFile, source: str, options: FolderOptions) -> Item:
+    folders = source.split("/")[:-1]
     split = options.split or folders.pop(0)
     category = options.category or (folders[-1] if folders else UNSORTED)
     # Folders that the category does not tell keep equal names in different folders apart.
@@ -134,7 +161,7 @@ def _item(tree: RawTree, source: str, options: FolderOptions) -> Item:
     return Item(options.name, category, split, options.label, stem, file, source, options=options)
 
 
-def describe(items: list[Item]) -> dict[str, str]:
+def describe(items: Sequence[Item]) -> dict[str, str]:
     """For the manifest: the licence."""
     return {"licence": items[0].options.licence}
 
@@ -149,10 +176,12 @@ def read(item: Item) -> DepthMap:
     options: FolderOptions = item.options
     if options.encoding == "grey":
         return grey_map(decode_image(item.file.read()))
-    values = _values(item.file, options.channel)
-    missing = ~np.isfinite(values)
+    values = _values(item.file, options)
+    missing = np.ma.getmaskarray(values) | ~np.isfinite(np.ma.getdata(values))
+    values = np.ma.getdata(values)
     for value in options.missing:
-        missing |= values == value
+        # A float32 does not hold every decimal number: 1e10 it holds, -3.4e38 it rounds.
+        missing |= values == (np.asarray(value).astype(values.dtype) if values.dtype.kind == "f" else value)
     if options.encoding != "linear":
         if values.dtype != np.uint16:
             raise DataError(f"folder.encoding {options.encoding} needs 16-bit codes, got {values.dtype}")
@@ -160,12 +189,17 @@ def read(item: Item) -> DepthMap:
             values = values >> 3 | values << 13
         else:
             values = _kinect_depth(values.byteswap())
+    if options.larger_is == "farther":
+        refuse_negative(values, "folder", missing)
     depth = values.astype(np.float64) * _scale(options, values.dtype)
     if options.larger_is == "nearer":
+        missing |= (values == 0) & (options.offset == 0)
         depth = options.offset - depth
         above = np.count_nonzero((depth <= 0) & ~missing)
         if above:
             raise DataError(f"{above} heights reach the camera: folder.offset {options.offset} is too small")
+    if options.farthest:
+        missing |= depth > options.farthest
     np.copyto(depth, 0, where=missing)
     return DepthMap.from_values(depth, options.kind)
 
@@ -186,19 +220,30 @@ def _kinect_depth(disparity: np.ndarray) -> np.ndarray:
     return np.where((depth > 0) & (depth <= 10), depth, 0)
 
 
-def _values(file: RawFile, channel: int) -> np.ndarray:
-    """(height, width) stored values."""
-    if file.suffix == ".pcd":
-        values = decode_pcd(file.read(), channel)
-    else:
-        decoders = {".png": decode_png, ".pgm": decode_pgm, ".npy": decode_npy, ".exr": decode_exr}
-        values = decoders.get(file.suffix, decode_tiff)(file.read())
+def _values(file: RawFile, options: FolderOptions) -> np.ndarray:
+    """(height, width) stored values; masked where the file says that they are missing."""
+    content, channel = file.read(), options.channel
+    try:
+        if file.suffix == ".pcd":
+            values = decode_pcd(content, 2 if channel < 0 else channel)
+        elif file.suffix == ".exr":
+            values = decode_exr(content, options.layer, channel)
+        elif file.suffix in (".tif", ".tiff"):
+            values = decode_tiff(content, options.layer, stack=channel >= 0)
+        else:
+            decoders = {".png": decode_png, ".pgm": decode_pgm, ".pfm": decode_pfm, ".npy": decode_npy}
+            values = decoders[file.suffix](content)
+    except ManyLayers as error:
+        raise DataError(f"{error}: name one with folder.layer") from error
     if values.ndim == 2:
         return values
     if values.shape[2] > values.shape[0]:
         values = np.moveaxis(values, 0, 2)
-    if values.shape[2] == 1:
+    channels = values.shape[2]
+    if channels == 1:
         return values[..., 0]
-    if channel >= values.shape[2]:
-        raise DataError(f"no channel {channel}: the file has {values.shape[2]}")
-    return values[..., channel]
+    if channel < 0 and values.dtype.kind != "f":
+        raise DataError(f"{channels} channels of {values.dtype} are colours, unless folder.channel says which is depth")
+    if channel >= channels or (channel < 0 and channels < 3):
+        raise DataError(f"no channel {2 if channel < 0 else channel}: the file has {channels} (folder.channel)")
+    return values[..., channel if channel >= 0 else 2]

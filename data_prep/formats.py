@@ -1,14 +1,15 @@
 """Depth file formats to plain arrays. Files are untrusted: sizes are checked before memory is taken.
 
 Every ``decode_*`` takes the bytes of a file and raises DataError, with a reason that names neither the file nor this
-machine, on anything that is not a complete file of its format.
+machine, on anything that is not a complete file of its format, or whose values cannot be depth. Which of several
+images or channels of a file is depth is never guessed: see :class:`ManyLayers`. OpenEXR has a module of its own.
 """
 
 import io
 import logging
 import re
 import struct
-import tempfile
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from math import prod
@@ -19,26 +20,27 @@ from PIL import Image
 
 from data_prep.archives import RawFile
 from dino_depth.depth import read_codes
-from dino_depth.errors import ConfigError, DataError
+from dino_depth.errors import DataError
 
 __all__ = [
-    "check_shape",
-    "decode_exr",
-    "decode_image",
-    "decode_npy",
-    "decode_pgm",
-    "decode_png",
-    "decode_tiff",
-    "decoder",
-    "image_size",
-]
+    "ManyLayers", "check_shape", "check_values", "decode_image", "decode_npy", "decode_pfm", "decode_pgm", "decode_png",
+    "decode_tiff", "decoder", "depth_decoder", "image_size",
+]  # fmt: skip
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LARGEST_MAP = 100_000_000
 LARGEST_CHANNELS = 4
 
-# What tifffile has to say about a broken file becomes the reason of the DataError.
+LONGEST_REASON, LONGEST_OTHER_REASON = 1000, 200
+GDAL_NODATA = 42113  # the TIFF tag that names the value of a missing pixel
+
+# What a library has to say about a broken or an unusual file becomes the reason of the DataError, or is none.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module=r"(PIL|tifffile|imagecodecs)\b")
+
+
+class ManyLayers(DataError):
+    """A file holds several images or channels and does not say which is depth; lists them."""
 
 
 def check_shape(shape: tuple[int, ...]):
@@ -54,25 +56,52 @@ def decoder(name: str):
 
     def decorate(decode: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
         @wraps(decode)
-        def safe(*arguments) -> np.ndarray:
+        def safe(*arguments, **options) -> np.ndarray:
             try:
-                return decode(*arguments)
+                return decode(*arguments, **options)
             except DataError as error:
-                raise DataError(_timeless(error)) from error
+                raise type(error)(_timeless(error, LONGEST_REASON)) from error
             except Exception as error:
-                raise DataError(f"not a readable {name} file ({type(error).__name__}: {_timeless(error)})") from error
+                reason = _timeless(error, LONGEST_OTHER_REASON)
+                raise DataError(f"not a readable {name} file ({type(error).__name__}: {reason})") from error
 
         return safe
 
     return decorate
 
 
-def _timeless(error: Exception) -> str:
+def depth_decoder(name: str):
+    """As :func:`decoder`; also refuses, in one place, what cannot be depth."""
+
+    def decorate(decode: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        @decoder(name)
+        @wraps(decode)
+        def checked(*arguments, **options) -> np.ndarray:
+            values = decode(*arguments, **options)
+            check_values(values)
+            return values
+
+        return checked
+
+    return decorate
+
+
+def check_values(values: np.ndarray):
+    """Refuses an array that cannot hold depth: its type, its shape, or not one finite number in it."""
+    check_type(values.dtype)
+    check_shape(values.shape)
+    if values.dtype.kind == "f" and not np.isfinite(values[values.shape[0] // 2]).any():
+        if not np.isfinite(values).any():
+            raise DataError(f"not one of {values.size} values is finite")
+
+
+def _timeless(error: Exception, longest: int) -> str:
     """The first line of a message without memory addresses and absolute paths, which differ from run to run."""
-    return re.sub(r" ?<[^<>]* at 0x[^<>]*>|(?<![^\s'])'?/\S*", "", (str(error).splitlines() or [""])[0])[:200].strip()
+    line = (str(error).splitlines() or [""])[0]
+    return re.sub(r" ?<[^<>]* at 0x[^<>]*>|(?<![^\s'])'?/\S*", "", line)[:longest].strip()
 
 
-@decoder("PNG")
+@depth_decoder("PNG")
 def decode_png(content: bytes) -> np.ndarray:
     """The (height, width) uint16 codes of a single-channel 16-bit PNG."""
     if content[:8] != PNG_SIGNATURE or content[12:16] != b"IHDR" or len(content) < 26:
@@ -85,7 +114,7 @@ def decode_png(content: bytes) -> np.ndarray:
     return read_codes(content)
 
 
-@decoder("PGM")
+@depth_decoder("PGM")
 def decode_pgm(content: bytes) -> np.ndarray:
     """The (height, width) uint16 values of a binary 16-bit PGM, most significant byte first."""
     header = re.match(rb"P5\s+(?:#[^\n]*\n\s*)*(\d{1,6})\s+(\d{1,6})\s+(\d{1,5})\s", content)
@@ -101,22 +130,109 @@ def decode_pgm(content: bytes) -> np.ndarray:
     return np.frombuffer(pixels, ">u2").reshape(height, width).astype(np.uint16)
 
 
-@decoder("TIFF")
-def decode_tiff(content: bytes) -> np.ndarray:
-    """The first image of a TIFF: (height, width) or (height, width, channels), or channels first, as it is stored."""
+@depth_decoder("PFM")
+def decode_pfm(content: bytes) -> np.ndarray:
+    """The (height, width) float32 values of a grey PFM, from the top row down; the file has them from the bottom up.
+
+    The sign of its scale is the byte order; the rest of the scale is ignored, as all readers do.
+    """
+    header = re.match(rb"(P[Ff])\s+(\d{1,6})\s+(\d{1,6})\s+(-?[\d.eE+-]{1,20})[ \t]*\r?\n", content)
+    if header is None:
+        raise DataError("not a PFM file")
+    if header[1] == b"PF":
+        raise DataError("not depth but a PFM of three colours")
+    width, height, scale = int(header[2]), int(header[3]), float(header[4])
+    check_shape((height, width))
+    pixels = content[header.end() :][: 4 * height * width]
+    if len(pixels) < 4 * height * width:
+        raise DataError(f"cut short: {len(pixels)} of {4 * height * width} bytes of pixels")
+    values = np.frombuffer(pixels, "<f4" if scale < 0 else ">f4").reshape(height, width)
+    return values[::-1].astype(np.float32)
+
+
+@depth_decoder("TIFF")
+def decode_tiff(content: bytes, layer: str = "", stack: bool = False, masked: bool = True) -> np.ndarray:
+    """The image of a TIFF: (height, width) or (height, width, channels), or channels first, as it is stored.
+
+    Thumbnails do not count. Pixels that a TIFF mask beside the image leaves out, or that have the value of a GDAL
+    "nodata" tag, are NaN in floats and masked in integers.
+
+    Args:
+        layer: number of the image from 0, where there are several.
+        stack: images of one shape are the channels of one: (images, height, width).
+        masked: a mask counts; to read it takes as long as the image.
+
+    Raises:
+        ManyLayers: there are several images, neither of both arguments fits, or colours by a palette.
+    """
     with tifffile.TiffFile(io.BytesIO(content)) as tiff:
-        if not tiff.series:
+        series = [one for one in tiff.series if not one.keyframe.is_reduced]
+        masks = [one for one in series if one.keyframe.photometric == tifffile.PHOTOMETRIC.MASK]
+        if not layer and len(masks) == 1:
+            series.remove(masks[0])
+        if not series:
             raise DataError("the TIFF holds no image")
-        image = tiff.series[0]
+        single = len(series) == 1 and (stack or prod(series[0].shape) == prod(series[0].keyframe.shape))
+        if not layer and not single:
+            raise ManyLayers(f"{_pages(series)}: one image is expected")
+        image = series[0] if single else _page(series, layer)
+        if image.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE:
+            raise DataError("not depth but colours by a palette")
         check_shape(image.shape)
         check_type(image.dtype)
         values = image.asarray(maxworkers=1)
         if values.shape != image.shape or values.dtype != image.dtype:
             raise DataError(f"promises {image.shape} {image.dtype} and holds {values.shape} {values.dtype}")
+        missing = _nodata(values, image.keyframe.tags.get(GDAL_NODATA))
+        if masked and not layer and len(masks) == 1:
+            missing = missing | _left_out(masks[0], values)
+        return _without(values, missing)
+
+
+def _pages(series: list) -> str:
+    shapes = [f"{'x'.join(map(str, one.shape))} {one.dtype}" for one in series]
+    return f"{len(series)} images ({', '.join(shapes)})" if len(series) > 1 else f"a stack of images, {shapes[0]}"
+
+
+def _page(series: list, layer: str):
+    """The image of that number, over all series."""
+    pages = [page for one in series for page in one.pages]
+    if not re.fullmatch(r"\d{1,6}", layer) or int(layer) >= len(pages) or pages[int(layer)] is None:
+        raise ManyLayers(f"{_pages(series)}: {layer!r} is none of 0 to {len(pages) - 1}")
+    return pages[int(layer)].aspage()
+
+
+def _nodata(values: np.ndarray, tag: tifffile.TiffTag | None) -> np.ndarray:
+    """Where the values are the one that a GDAL tag names."""
+    if tag is None:
+        return np.zeros((), bool)
+    value = float(str(tag.value).strip("\0 "))
+    if values.dtype.kind != "f":
+        return values == value
+    # The largest float32 is written with more or fewer digits than it has.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.isclose(values, values.dtype.type(value), rtol=1e-6, atol=0)
+
+
+def _left_out(mask: tifffile.TiffPageSeries, values: np.ndarray) -> np.ndarray:
+    """Where a mask of (height, width), 0 outside of the object, leaves out values of (height, width, any)."""
+    check_shape(mask.shape)
+    if mask.shape != values.shape[:2]:
+        raise DataError(f"a mask of {mask.shape} beside an image of {values.shape}")
+    outside = mask.asarray(maxworkers=1) == 0
+    return outside if values.ndim == 2 else outside[..., None]
+
+
+def _without(values: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    if not missing.any():
         return values
+    if values.dtype.kind == "f":
+        np.copyto(values, np.nan, where=missing)
+        return values
+    return np.ma.masked_array(values, np.broadcast_to(missing, values.shape))
 
 
-@decoder("NPY")
+@depth_decoder("NPY")
 def decode_npy(content: bytes) -> np.ndarray:
     """The array of a .npy file of numbers; objects are never unpickled."""
     stream = io.BytesIO(content)
@@ -134,50 +250,18 @@ def decode_npy(content: bytes) -> np.ndarray:
     return values.reshape(shape, order="F" if column_major else "C")
 
 
-def decode_exr(content: bytes) -> np.ndarray:
-    """The depth of an OpenEXR file: channel Z, or the only channel, or R, G and B as (height, width, 3).
-
-    Raises:
-        ConfigError: the package OpenEXR is not installed.
-        DataError: no such channel, or not a complete file.
-    """
-
-    try:
-        import OpenEXR
-    except ImportError as error:
-        raise ConfigError("reading .exr files needs the package OpenEXR") from error
-
-    @decoder("OpenEXR")
-    def decode(path: str) -> np.ndarray:
-        with OpenEXR.File(path, header_only=True) as file:
-            low, high = file.header()["dataWindow"]
-        check_shape(tuple(int(value) for value in (high - low + 1)[::-1]))
-        with OpenEXR.File(path, separate_channels=True) as file:
-            channels = {name: np.array(channel.pixels) for name, channel in file.channels().items()}
-        chosen = [name for name in channels if name.rsplit(".", 1)[-1].upper() == "Z"] or list(channels)
-        if len(chosen) == 1:
-            return channels[chosen[0]]
-        if {"R", "G", "B"} <= channels.keys():
-            return np.stack([channels[name] for name in "RGB"], -1)
-        raise DataError(f"channels {', '.join(sorted(channels))}: none is Z and there is more than one")
-
-    if content[:4] != b"\x76\x2f\x31\x01":
-        raise DataError("not an OpenEXR file")
-    # The library reads files only.
-    with tempfile.NamedTemporaryFile(suffix=".exr") as copy:
-        copy.write(content)
-        copy.flush()
-        return decode(copy.name)
-
-
 @decoder("image")
 def decode_image(content: bytes) -> np.ndarray:
-    """The (height, width, 3) uint8 colours of a PNG or JPEG image; grey is repeated.
+    """The (height, width, 3) uint8 colours of a PNG or JPEG image; grey is repeated, and 16-bit grey becomes 8-bit.
 
     Orientation marks of cameras are ignored: masks of these datasets lie on the pixels as they are stored.
     """
     with Image.open(io.BytesIO(content), formats=["PNG", "JPEG"]) as image:
         check_shape((image.height, image.width))
+        if image.mode.startswith("I;16"):
+            # 257 is 65535 / 255. Pillow itself would cut all that is above 255.
+            grey = ((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, -1)
         if image.mode.startswith(("I", "F")):
             raise DataError(f"an image of mode {image.mode}, 8 bits a channel are expected")
         return np.asarray(image.convert("RGB"))

@@ -10,7 +10,6 @@ import heapq
 import json
 import math
 import os
-import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -22,17 +21,19 @@ from typing import Any, BinaryIO
 import jinja2
 import numpy as np
 
-from data_prep.listing import readers
-from data_prep.manifest import MANIFEST, config_differences, count, read_manifest
+from data_prep.listing import READERS
+from data_prep.manifest import config_differences, count
 from data_prep.output import PROGRESS
 from data_prep.shard_writer import reader_module
 from data_prep.shrink import shrink
 from data_prep.summary import Histogram, count_table, drop_groups, histogram, paper_table, readable, split_order
-from dino_depth.depth import UNIT, decode_png
+from dino_depth.depth import CODINGS, UNIT, Normalization, coding_step, normalize, read_codes
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.licences import non_commercial
 from dino_depth.picture import MISSING, VIRIDIS, colour, data_uri, write_page
 from dino_depth.progress import Progress
+from dino_depth.sample import sample_map
+from dino_depth.shard_format import MANIFEST, parse_description, read_manifest, read_samples
 from dino_depth.storage import RemotePath, ShardCache, location, open_shard
 
 __all__ = ["InspectConfig", "inspect"]
@@ -41,7 +42,6 @@ THUMBNAIL = 128  # longest side, pixels
 MAPS_SHOWN = 600  # on a page; a thumbnail of a noisy sensor takes 10 kB there
 SIZES_SHOWN = 6
 STRINGS = ("dataset", "category", "split", "label")
-PNG, JSON = ".depth.png", ".json"
 
 
 @dataclass
@@ -142,7 +142,7 @@ def _read(folder: Path | RemotePath, manifest: dict, config: InspectConfig, cach
             for sample in _samples(folder, shard, cache):
                 _count(found, sample, config)
                 progress.advance()
-    if differences := config_differences(count(found.counts.elements()), manifest["counts"], "counts."):
+    if differences := config_differences(count(found.counts), manifest["counts"], "counts."):
         raise DataError(f"{folder / MANIFEST} disagrees with the samples: {differences[0]}")
     if unknown := found.figures.keys() ^ manifest["sources"].keys():
         raise DataError(f"{folder / MANIFEST}: sources and samples disagree about {min(unknown)}")
@@ -165,42 +165,25 @@ def _samples(folder: Path | RemotePath, shard: dict, cache: ShardCache) -> Itera
     Raises:
         DataError: the tar is broken, cut short or not of the size and the number of samples the manifest says.
     """
-    path, key, png, samples = folder / shard["file"], "", None, 0
+    path = folder / shard["file"]
     with _open(folder, shard, cache) as file:
         if (size := file.seek(0, os.SEEK_END)) != shard["bytes"]:
             raise DataError(f"{path}: {size} bytes, the manifest says {shard['bytes']}: run dino-depth check")
         file.seek(0)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if png is None and member.isreg() and member.name.endswith(PNG):
-                        png = member
-                        continue
-                    if png is None or not member.isreg() or member.name != png.name.removesuffix(PNG) + JSON:
-                        raise DataError(f"{path}: unexpected member {member.name} after sample {key or '(none)'}")
-                    key = member.name.removesuffix(JSON)
-                    try:
-                        meta = _description(tar.extractfile(member).read())
-                    except DataError as error:
-                        raise DataError(f"{path}: sample {key}: {error}") from None
-                    yield _Sample(key, shard, png.offset_data, png.size, meta)
-                    png, samples = None, samples + 1
-        except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-            raise DataError(f"{path}: broken tar after sample {key or '(none)'}: {error}") from None
-    if samples != shard["samples"]:
-        raise DataError(
-            f"{path}: {samples} samples, the manifest says {shard['samples']}; the last is {key or '(none)'}"
-        )
+            for sample in read_samples(file, shard["samples"]):
+                try:
+                    meta = _description(os.pread(file.fileno(), sample.json[1], sample.json[0]))
+                except DataError as error:
+                    raise DataError(f"sample {sample.key}: {error}") from None
+                yield _Sample(sample.key, shard, *sample.png, meta)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
 
 
 def _description(content: bytes) -> dict:
     """The description of a sample, of which the page shows every key checked here."""
-    try:
-        meta = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"json cannot be read: {error}") from None
-    if not isinstance(meta, dict):
-        raise DataError("json is no object")
+    meta = parse_description(content)
     for key in STRINGS:
         if not isinstance(meta.get(key), str):
             raise DataError(f"json: {key} is {meta.get(key)!r}, expected text")
@@ -211,6 +194,8 @@ def _description(content: bytes) -> dict:
         raise DataError(f"json: near {meta['near']} is beyond far {meta['far']}")
     if meta.get("kind") not in UNIT:
         raise DataError(f"json: kind is {meta.get('kind')!r}, expected one of {', '.join(UNIT)}")
+    if meta.get("coding", "linear") not in CODINGS:
+        raise DataError(f"json: coding is {meta['coding']!r}, expected one of {', '.join(CODINGS)}")
     return meta
 
 
@@ -246,6 +231,12 @@ def _figures(meta: dict) -> Iterator[tuple[tuple[str, str], float]]:
     yield ("nearest depth", unit), meta["near"]
     yield ("farthest depth", unit), meta["far"]
     yield ("range of depth", unit), meta["far"] - meta["near"]
+    median, coding = _number(meta.get("median")), meta.get("coding", "linear")
+    # Shards of before there was another coding do not state the median: their step is the same everywhere.
+    if median is not None or coding == "linear":
+        yield ("step of a code", unit), coding_step(median or meta["near"], meta["near"], meta["far"], coding)
+    if (distinct := _number(meta.get("distinct"))) is not None:
+        yield ("distinct depths", ""), distinct
     yield ("valid pixels", "%"), 100 * meta["valid_fraction"]
     record = _object(meta.get("pseudo_depth"))
     if (relief := _number(record.get("relief"))) is not None:
@@ -282,7 +273,7 @@ def _shown(folder: Path | RemotePath, file: BinaryIO, sample: _Sample) -> dict:
     meta = sample.meta
     file.seek(sample.offset)
     try:
-        depth_map = decode_png(file.read(sample.size), meta["near"], meta["far"], meta["kind"])
+        depth_map = sample_map(read_codes(file.read(sample.size)), meta)
     except DataError as error:
         raise DataError(f"{folder / sample.shard['file']}: sample {sample.key}: {error}") from None
     low, high = np.percentile(depth_map.depth[depth_map.valid], [1, 99])
@@ -294,7 +285,9 @@ def _shown(folder: Path | RemotePath, file: BinaryIO, sample: _Sample) -> dict:
         stride = -(-max(depth_map.depth.shape) // THUMBNAIL)
         depth, valid = depth_map.depth[::stride, ::stride], depth_map.valid[::stride, ::stride]
     scale, unit = readable(UNIT[meta["kind"]], meta["far"])
+    inputs = normalize(depth_map, Normalization())[depth_map.valid]
     return {
+        "input": np.percentile(inputs, [0, 1, 99, 100]).tolist(),
         "image": data_uri(colour(-depth, valid, -high, -low)),
         "split": meta["split"],
         "label": meta["label"],
@@ -306,7 +299,7 @@ def _shown(folder: Path | RemotePath, file: BinaryIO, sample: _Sample) -> dict:
 def _source(folder: Path | RemotePath, name: str, source: dict, found: _Found, sheets: dict, manifest: dict) -> dict:
     """Everything the page says of one dataset."""
     counts = Counter({place[1:]: number for place, number in found.counts.items() if place[0] == name})
-    known = not source["synthetic"] and source["reader"] in readers()
+    known = not source["synthetic"] and source["reader"] in READERS
     published = getattr(reader_module(source["reader"]), "PUBLISHED", []) if known else []
     maps: Counter[str] = Counter()
     for (category, _, _), number in counts.items():
@@ -328,9 +321,21 @@ def _source(folder: Path | RemotePath, name: str, source: dict, found: _Found, s
         "pseudo_depth": _object(source.get("pseudo_depth")),
         "table": count_table(counts, published),
         "histograms": [histogram(*key, np.array(values)) for key, values in found.figures[name].items()],
+        "input": _input([each for place, maps in sheets.items() if place[0] == name for each in maps]),
         "sizes": sizes[:SIZES_SHOWN], "other_sizes": sizes[SIZES_SHOWN:],
         "faults": drops[0], "flat": drops[1],
         "sheets": [(category, maps[category], sheets.get((name, category), [])) for category in sorted(maps)],
+    }  # fmt: skip
+
+
+def _input(shown: list[dict]) -> dict | None:
+    """The network's input of the maps shown: its range, and of a middle map that of 98 % of its pixels."""
+    if not shown:
+        return None
+    low, first, last, high = np.array([each["input"] for each in shown]).T
+    return {
+        "maps": len(shown), "method": Normalization().method, "low": low.min(), "high": high.max(),
+        "first": np.median(first), "last": np.median(last),
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,10 @@ from data_prep.formats import decode_image
 from data_prep.tree import RawTree
 from dino_depth.errors import DataError
 
-__all__ = ["SYNTHETIC", "Item", "Published", "find_items", "read_image", "sample_keys", "unexpected_layout"]
+__all__ = [
+    "SYNTHETIC", "FolderItems", "Item", "Published", "find_items", "read_image", "repeated", "sample_keys",
+    "shared_keys", "unexpected_layout",
+]  # fmt: skip
 
 # Lies at the root of a rendered tree and says so; real datasets have no such file.
 SYNTHETIC = "SYNTHETIC.json"
@@ -58,28 +61,76 @@ class Item:
     options: Any = None
 
 
-def sample_keys(items: list[Item]) -> list[str]:
+class FolderItems(Sequence[Item]):
+    """Items that are made of their names when they are asked for: in memory, ten million would be 12 GB.
+
+    Args:
+        make: makes the item of a name; it goes with every shard to the process that writes it.
+        names: of the files, in their order.
+    """
+
+    def __init__(self, make: Callable[[str], Item], names: list[str]):
+        self.make, self.names = make, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return FolderItems(self.make, self.names[place])
+        return self.make(self.names[place])
+
+
+def sample_keys(items: Iterable[Item], shared: Set[str] | None = None) -> list[str]:
     """The key ``dataset/category/split-label-stem`` of every item, unique without regard to case.
 
     WebDataset ends a key at the first dot of its last component, so every character but ASCII letters, digits, ``_``
     and ``-`` becomes ``_``; keys that meet thereby get a checksum of their source. Long names are cut, with a checksum.
 
+    Args:
+        shared: :func:`shared_keys` of these and all other items; None where there are no others.
+
+    Raises:
+        DataError: as :func:`shared_keys`, where it is None.
+    """
+    shared = shared_keys(lambda: items) if shared is None else shared
+    keys = ((_key(item), item.source) for item in items)
+    return [f"{key}-{_checksum(source)}" if key.lower() in shared else key for key, source in keys]
+
+
+def shared_keys(items: Callable[[], Iterable[Item]]) -> frozenset[str]:
+    """The keys, in lower case, at which several items would meet.
+
+    Args:
+        items: goes through all items, each time it is called.
+
     Raises:
         DataError: two items have one source.
     """
-    keys = []
-    for item in items:
-        folders = [_tar_name(name) for name in (item.dataset, item.category)]
-        keys.append("/".join([*folders, _tar_name(f"{item.split}-{item.label}-{item.stem}")]))
-    uses = Counter(key.lower() for key in keys)
-    for index, item in enumerate(items):
-        if uses[keys[index].lower()] > 1:
-            keys[index] += f"-{_checksum(item.source)}"
-    for key, count in Counter(key.lower() for key in keys).items():
-        if count > 1:
-            sources = [item.source for item, other in zip(items, keys, strict=True) if other.lower() == key]
+    shared = frozenset(repeated(lambda: (_key(item).lower() for item in items())))
+    if shared:
+        still = repeated(lambda: (key.lower() for key in sample_keys(items(), shared)))
+        for key, count in still.items():
+            sources = [item.source for item in items() if sample_keys([item], shared)[0].lower() == key]
             raise DataError(f"{count} files share the sample key {key}: {', '.join(sources[:4])}")
-    return keys
+    return shared
+
+
+def repeated(texts: Callable[[], Iterator[str]]) -> dict[str, int]:
+    """The texts that occur more than once and how often, in 8 bytes a text.
+
+    Args:
+        texts: goes through all texts, each time it is called.
+    """
+    hashes = np.sort(np.fromiter(map(hash, texts()), np.int64))
+    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    uses = Counter(text for text in texts() if hash(text) in twice) if twice else {}
+    return {text: count for text, count in uses.items() if count > 1}
+
+
+def _key(item: Item) -> str:
+    names = item.dataset, item.category, f"{item.split}-{item.label}-{item.stem}"
+    return "/".join(map(_tar_name, names))
 
 
 def _tar_name(name: str) -> str:

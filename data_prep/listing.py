@@ -4,22 +4,23 @@ import json
 import os
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import util
+from itertools import pairwise
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 
-import data_prep
 from data_prep.item import SYNTHETIC, Item, Published
-from data_prep.manifest import digest_json
+from data_prep.manifest import digest_list
 from data_prep.shard_writer import makes_images, reader_module
 from data_prep.tree import RawTree
 from dino_depth.config import suggestion
 from dino_depth.errors import ConfigError, DataError
 
-__all__ = ["Listing", "compare", "known_reader", "list_source", "readers", "table", "verdict"]
+__all__ = ["READERS", "Listing", "compare", "known_reader", "list_source", "table", "verdict"]
 
+# The modules of this package that have ``items``, each named as its dataset.
+READERS = ["eyecandies", "folder", "mvtec3d", "mvtec_ad", "mvtec_ad2", "mvtec_loco", "real_iad_d3", "visa"]
 KINDS = ("good", "unknown")  # every other label is a defect
 DIFFERENCES_SHOWN = 5
 
@@ -39,7 +40,7 @@ class Listing:
     reader: str
     dataset: str
     root: Path
-    items: list[Item]
+    items: Sequence[Item]
     origin: dict[str, Any]
 
     @property
@@ -64,18 +65,7 @@ class Listing:
     @property
     def listed(self) -> dict:
         """What tells this listing from another."""
-        return {"count": len(self.items), "sha256": digest_json([item.source for item in self.items])}
-
-
-def readers() -> list[str]:
-    """The dataset names: the modules of this package that define ``items``."""
-    names = []
-    for module in iter_modules(data_prep.__path__):
-        spec = util.find_spec(f"{data_prep.__name__}.{module.name}")
-        source = (spec.loader.get_source(spec.name) or "") if not module.ispkg else ""
-        if "\ndef items(" in source:
-            names.append(module.name)
-    return names
+        return {"count": len(self.items), "sha256": digest_list(item.source for item in self.items)}
 
 
 def known_reader(name: str, key: str) -> str:
@@ -84,9 +74,8 @@ def known_reader(name: str, key: str) -> str:
     Raises:
         ConfigError: it is not; names the nearest and ``key``.
     """
-    known = readers()
-    if name not in known:
-        raise ConfigError(f"{key}: unknown dataset {name!r}{suggestion(name, known)} (known: {', '.join(known)})")
+    if name not in READERS:
+        raise ConfigError(f"{key}: unknown dataset {name!r}{suggestion(name, READERS)} (known: {', '.join(READERS)})")
     return name
 
 
@@ -102,8 +91,13 @@ def list_source(name: str, root: str, options: Any) -> Listing:
     arguments = () if options is None else (options,)
     items = reader_module(name).items(tree, *arguments)
     # In a compressed archive the order of the archive, so that it is decompressed once; else by name.
-    items = sorted(items, key=lambda item: (item.file.order, item.source))
+    if any(_place(one) > _place(two) for one, two in pairwise(items)):
+        items = sorted(items, key=_place)
     return Listing(name, items[0].dataset, tree.root, items, _origin(tree.root))
+
+
+def _place(item: Item) -> tuple:
+    return item.file.order, item.source
 
 
 def _origin(root: Path) -> dict[str, Any]:

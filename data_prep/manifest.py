@@ -1,10 +1,14 @@
-"""The manifest of a shard folder: what it holds, from what, made how. Its bytes depend on nothing else."""
+"""Writing and verifying a shard folder's files, see ``dino_depth/shard_format.py``. Bytes depend on content alone."""
 
 import hashlib
 import json
 import os
+import re
 import socket
+from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +17,15 @@ import numpy as np
 import PIL
 from PIL import features
 
+from data_prep.workers import available_cores
 from dino_depth.errors import DataError
+from dino_depth.shard_format import MANIFEST
+from dino_depth.storage import RemotePath
 
 __all__ = [
-    "FORMAT", "MANIFEST", "VERSION", "config_differences", "count", "digest_file", "digest_json", "file_fault",
-    "library_versions", "read_manifest", "sync_folder", "temporary_name", "verify_files", "write_json",
+    "config_differences", "count", "digest_file", "digest_json", "digest_list", "digest_pieces", "file_fault",
+    "library_versions", "stored_shards", "sync_folder", "temporary_name", "verify_files", "write_file", "write_json",
 ]  # fmt: skip
-
-MANIFEST = "manifest.json"
-FORMAT = "dino-depth shards"
-VERSION = 2
-KEYS = {
-    "format": str, "version": int, "sources": dict, "config": dict, "config_hash": str, "versions": dict,
-    "total": int, "counts": dict, "shards": list,
-}  # fmt: skip
-SOURCE_KEYS = {"reader": str, "licence": str, "synthetic": bool, "files_listed": dict, "maps": int, "scenes": int,
-               "dropped": list}  # fmt: skip
-SHARD_KEYS = {"file": str, "sha256": str, "bytes": int, "samples": int}
 
 Counts = dict[str, dict[str, dict[str, dict[str, int]]]]
 
@@ -46,17 +42,30 @@ def library_versions() -> dict[str, str]:
 
 
 def count(samples: Iterable[tuple[str, str, str, str]]) -> Counts:
-    """Nested sample counts of (dataset, category, split, label), in sorted order."""
+    """Nested sample counts of (dataset, category, split, label), or of their counter, in sorted order."""
     counts: Counts = {}
-    for dataset, category, split, label in sorted(samples):
-        labels = counts.setdefault(dataset, {}).setdefault(category, {}).setdefault(split, {})
-        labels[label] = labels.get(label, 0) + 1
+    for (dataset, category, split, label), number in sorted(Counter(samples).items()):
+        counts.setdefault(dataset, {}).setdefault(category, {}).setdefault(split, {})[label] = number
     return counts
 
 
 def digest_json(value: Any) -> str:
     """SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest_pieces(pieces: Iterable[bytes | memoryview]) -> str:
+    """SHA-256 of a content in pieces."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def digest_list(values: Iterable[Any]) -> str:
+    """:func:`digest_json` of a list that need not be in memory."""
+    texts = (json.dumps(value, sort_keys=True).encode() for value in values)
+    return digest_pieces(chain([b"["], (b", " * (place > 0) + text for place, text in enumerate(texts)), [b"]"]))
 
 
 def digest_file(path: Path) -> str:
@@ -92,68 +101,51 @@ def temporary_name(name: str) -> str:
 
 
 def write_json(path: Path, value: Any, scratch: Path):
-    """Writes a JSON file that exists either whole or not at all; ``scratch`` is a folder on the same file system."""
+    """Writes a JSON file as :func:`write_file` does."""
+    write_file(path, [json.dumps(value, indent=1).encode() + b"\n"], scratch)
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview], scratch: Path):
+    """Writes a file that exists either whole or not at all; ``scratch`` is a folder on the same file system."""
     temporary = scratch / temporary_name(path.name)
     with open(temporary, "wb") as file:
-        file.write(json.dumps(value, indent=1).encode() + b"\n")
+        file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
 
 
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a shard folder.
-
-    Raises:
-        DataError: there is none, or it is not a manifest of this version.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} has no {MANIFEST}: it is no shard folder, or `prep` did not finish") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is not a manifest of {FORMAT}")
-    if manifest.get("version") != VERSION:
-        raise DataError(f"{path} has version {manifest.get('version')!r}, this program reads {VERSION}")
-    _check_types(manifest, KEYS, str(path))
-    for name, source in manifest["sources"].items():
-        if not isinstance(source, dict):
-            raise DataError(f"{path}: sources.{name} is no object")
-        _check_types(source, SOURCE_KEYS, f"{path}: sources.{name}")
-    for index, shard in enumerate(manifest["shards"]):
-        if not isinstance(shard, dict):
-            raise DataError(f"{path}: shards[{index}] is no object")
-        _check_types(shard, SHARD_KEYS, f"{path}: shards[{index}]")
-        if shard["file"] != os.path.basename(shard["file"]):
-            raise DataError(f"{path}: shards[{index}].file must be a plain name, got {shard['file']!r}")
-    return manifest
+def stored_shards(folder: Path | RemotePath) -> dict[str, int]:
+    """Bytes of every tar in a shard folder and its sub-folders, by its name there."""
+    found = _sizes(folder)
+    for name in [name for name, size in found.items() if size is None and re.fullmatch(r"\d{3}", name)]:
+        found |= {f"{name}/{inner}": size for inner, size in _sizes(folder / name).items()}
+    return {name: size for name, size in found.items() if name.endswith(".tar") and size is not None}
 
 
-def _check_types(value: dict, keys: dict[str, type], where: str):
-    for key, kind in keys.items():
-        if not isinstance(value.get(key), kind):
-            raise DataError(f"{where}: {key} must be of type {kind.__name__}, got {value.get(key)!r}")
+def _sizes(folder: Path | RemotePath) -> dict[str, int | None]:
+    if isinstance(folder, RemotePath):
+        return folder.sizes()
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size if entry.is_file() else None for entry in entries}
 
 
 def verify_files(folder: Path, manifest: dict):
-    """Compares the shard files with the manifest.
+    """Compares the shard files and their index with the manifest.
 
     Raises:
-        DataError: a shard is missing, extra, of another size or of other content.
+        DataError: a file is missing, extra, of another size or of other content.
     """
-    listed = {shard["file"]: shard for shard in manifest["shards"]}
-    for name in sorted({path.name for path in folder.glob("*.tar")} - listed.keys()):
+    listed = {row["file"]: row for row in [*manifest["shards"], *filter(None, [manifest.get("index")])]}
+    for name in sorted(stored_shards(folder).keys() - listed.keys()):
         raise DataError(f"{folder / name} is not in {MANIFEST}")
-    for name, shard in listed.items():
-        fault = file_fault(folder / name, shard)
-        if fault:
-            raise DataError(f"{folder / name}: {fault}")
+    with ThreadPoolExecutor(available_cores()) as pool:
+        faults = pool.map(lambda row: file_fault(folder / row["file"], row), listed.values())
+        for name, fault in zip(listed, faults, strict=True):
+            if fault:
+                pool.shutdown(cancel_futures=True)
+                raise DataError(f"{folder / name}: {fault}")
 
 
 def file_fault(path: Path, shard: dict) -> str:
@@ -164,6 +156,6 @@ def file_fault(path: Path, shard: dict) -> str:
             return f"{size} bytes, the manifest says {shard['bytes']}"
         return "" if digest_file(path) == shard["sha256"] else "its sha256 differs from the manifest's"
     except FileNotFoundError:
-        return "the shard is missing"
+        return f"the {'shard' if path.suffix == '.tar' else 'index'} is missing"
     except OSError as error:
         return f"cannot be read: {error.strerror}"

@@ -94,7 +94,8 @@ def read(item: Item) -> DepthMap:
 
 
 def _points(item: Item) -> np.ndarray:
-    points = decode_tiff(item.file.read())
+    # The mask that a file holds beside its cloud only repeats which points are (0, 0, 0).
+    points = decode_tiff(item.file.read(), masked=False)
     if points.ndim != 3 or points.shape[2] != 3 or points.dtype.kind != "f":
         raise DataError(f"expected float X, Y, Z (height, width, 3), got {points.shape} {points.dtype}")
     return points

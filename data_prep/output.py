@@ -4,27 +4,25 @@ Shards for a URL (``remote``) are written to a local staging folder ``out``, whi
 each is moved when it is finished. The manifest is uploaded last: a remote folder without one is unfinished.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from data_prep.manifest import MANIFEST, config_differences, read_manifest, sync_folder, verify_files, write_json
+from data_prep.manifest import config_differences, stored_shards, sync_folder, verify_files, write_file, write_json
 from dino_depth.errors import ConfigError, DataError, ReportedError
+from dino_depth.lock import EXCLUSIVE, SHARED, locked
+from dino_depth.shard_format import MANIFEST, read_manifest
+from dino_depth.shard_index import INDEX
 from dino_depth.storage import RemotePath, default_cache, location
 
 __all__ = ["PROGRESS", "continue_or_begin", "exclusive", "places", "publish", "shared", "verify_finished", "writing"]
 
 PROGRESS = ".progress"
 PLAN = "config.json"
-# Some cluster file systems are mounted without them.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # What the Hub puts into a new repository.
 BESIDE_SHARDS = {".gitattributes", "README.md"}
 
@@ -85,19 +83,23 @@ def exclusive(out: Path, remote: RemotePath | None = None) -> Iterator[bool]:
         return
     if out.exists() and not progress.exists() and any(out.iterdir()):
         raise ConfigError(f"out {out} is not empty and holds no shards of this program: choose another folder")
-    with _locked(out, remote, fcntl.LOCK_EX):
+    with _locked(out, remote, EXCLUSIVE):
         if remote is not None:
             # It notes that the remote one is written, but not that it is still there.
             (out / MANIFEST).unlink(missing_ok=True)
         yield (out / MANIFEST).exists()
         if (out / MANIFEST).exists():
             for path in progress.iterdir():
-                if path.name != "lock":
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
                     path.unlink()
             shutil.rmtree(progress)
             sync_folder(out)
             if remote is not None:
                 (out / MANIFEST).unlink()
+                for folder in out.glob("[0-9][0-9][0-9]"):
+                    folder.rmdir()
                 with suppress(OSError):  # other files lie in it, which are not ours
                     out.rmdir()
 
@@ -115,7 +117,7 @@ def shared(out: Path, remote: RemotePath | None = None) -> Iterator[None]:
             f"out {_name(out, remote)} was not begun, or is finished: "
             f"start from the command that plans the shards{place}"
         )
-    with _locked(out, remote, fcntl.LOCK_SH):
+    with _locked(out, remote, SHARED):
         yield
 
 
@@ -123,31 +125,8 @@ def _name(out: Path, remote: RemotePath | None) -> str:
     return str(out) if remote is None else f"{remote} (staged in {out})"
 
 
-@contextmanager
-def _locked(out: Path, remote: RemotePath | None, kind: int) -> Iterator[None]:
-    path = out / PROGRESS / "lock"
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-            if os.fstat(lock).st_ino == os.stat(path).st_ino:
-                break
-        except BlockingIOError:
-            os.close(lock)
-            raise ConfigError(f"out {_name(out, remote)} is being written by another process") from None
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            print(f"{out}: this file system has no locks, so nothing keeps a second run out", file=sys.stderr)
-            break
-        os.close(lock)
-    try:
-        yield
-    finally:
-        os.close(lock)
+def _locked(out: Path, remote: RemotePath | None, kind: int) -> AbstractContextManager[None]:
+    return locked(out / PROGRESS / "lock", kind, f"out {_name(out, remote)} is being written by another process")
 
 
 def verify_finished(out: Path | RemotePath, resolved: dict, listed: dict[str, dict]) -> dict:
@@ -174,9 +153,9 @@ def verify_finished(out: Path | RemotePath, resolved: dict, listed: dict[str, di
 
 
 def _verify_sizes(remote: RemotePath, manifest: dict):
-    sizes = remote.sizes()
+    sizes = stored_shards(remote)
     listed = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
-    for name in sorted(name for name in sizes.keys() - listed.keys() if name.endswith(".tar")):
+    for name in sorted(sizes.keys() - listed.keys()):
         raise DataError(f"{remote / name} is not in {MANIFEST}")
     for name, size in listed.items():
         if name not in sizes:
@@ -185,13 +164,22 @@ def _verify_sizes(remote: RemotePath, manifest: dict):
             raise DataError(f"{remote / name}: {sizes[name]} bytes, the manifest says {size}")
 
 
-def publish(out: Path, remote: RemotePath, manifest: dict):
-    """Writes the manifest of a remote folder whose shards are all there; a copy in ``out`` notes that it is written.
+def publish(out: Path, remote: RemotePath | None, manifest: dict, index: Iterable[bytes | memoryview]):
+    """Writes the index and, last, the manifest of a folder whose shards are all there.
+
+    Of a remote folder a copy of the manifest in ``out`` notes that it is written.
 
     Raises:
         DataError: a shard is missing, extra or of another size.
     """
+    if remote is None:
+        write_file(out / INDEX, index, out / PROGRESS)
+        write_json(out / MANIFEST, manifest, out / PROGRESS)
+        return
     _verify_sizes(remote, manifest)
+    path = out / PROGRESS / INDEX
+    write_file(path, index, out / PROGRESS)
+    (remote / INDEX).put(path)
     path = out / PROGRESS / MANIFEST
     write_json(path, manifest, out / PROGRESS)
     (remote / MANIFEST).put(path)
@@ -206,7 +194,7 @@ def _refuse_other_config(out: str, ours: dict, theirs: dict):
 
 def continue_or_begin(out: Path, plan: dict, remote: RemotePath | None = None):
     """Notes the plan (configuration and library versions) of a new folder; refuses one begun with another plan."""
-    for path in (out / PROGRESS).glob("*.tmp"):
+    for path in (out / PROGRESS).rglob("*.tmp"):
         path.unlink(missing_ok=True)
     path = out / PROGRESS / PLAN
     if not path.exists():

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from data_prep.formats import LARGEST_MAP, check_shape, decoder
+from data_prep.formats import LARGEST_MAP, check_shape, depth_decoder
 from dino_depth.errors import DataError
 
 __all__ = ["decode_pcd", "decompress_lzf"]
@@ -23,7 +23,7 @@ def decode_pcd(content: bytes, axis: int = 2) -> np.ndarray:
     """
     if not 0 <= axis <= 2:
         raise DataError(f"a point has the coordinates 0, 1 and 2, not {axis}")
-    return decoder("PCD")(_decode)(content, "xyz"[axis])
+    return depth_decoder("PCD")(_decode)(content, "xyz"[axis])
 
 
 def _decode(content: bytes, coordinate: str) -> np.ndarray:

@@ -19,8 +19,9 @@ of these that exists is taken, below ``realiad_d3_raw`` and then beside ``realia
 both occur in category names, are the same. A category without any folder was not downloaded and is left out.
 
 - X and Y may be constants that tell good from defective samples: they are dropped, and nothing is derived from them.
-- NaN, 0 and negative Z mean "missing". Some tiffs are (3, height, width).
-- The unit is unconfirmed, hence :class:`RealIadD3Options`.
+- NaN and 0 mean "missing", and so do single negative values. Some tiffs are (3, height, width).
+- Unit and sign of Z are unconfirmed, guesses that :class:`RealIadD3Options` can change and that every map is held to:
+  see ``plausibility``.
 - ``validation`` seems to repeat files of ``test``. A file is kept once: in test, else in train.
 - ``ps`` pictures are photometric-stereo normals, not depth. They, the point clouds (ASCII in most categories, binary in
   some) and the five lightings are not read.
@@ -37,9 +38,10 @@ import numpy as np
 from data_prep.archives import RawFile
 from data_prep.formats import decode_tiff
 from data_prep.item import Item, Published, find_items
+from data_prep.plausibility import refuse_negative
 from data_prep.tree import RawTree
 from dino_depth.depth import DepthMap
-from dino_depth.errors import DataError
+from dino_depth.errors import ConfigError, DataError
 
 __all__ = ["PUBLISHED", "RealIadD3Options", "describe", "items", "read"]
 
@@ -53,7 +55,6 @@ REARRANGED = r"(?:.*/)?(?P<category>[^/]+)/(?P<split>[^/]+)/(?P<label>[^/]+)/xyz
 SPLITS = ("test", "train", "validation")
 LARGEST_LISTING = 2**26
 PER_METRE = {"m": 1, "mm": 1_000, "um": 1_000_000}
-NEAREST, FARTHEST = 1e-3, 10.0
 CATEGORIES = (
     "audio_jack_socket", "common_mode_filter", "connector_housing_female", "crimp_st_cable_mount_box",
     "dc_power_connector", "ethernet_connector", "ferrite_bead", "fork_crimp_terminal", "fuse_holder",
@@ -74,10 +75,15 @@ class RealIadD3Options:
 
     Attributes:
         unit: unit of Z: mm, m or um. The dataset does not state it, mm is a guess; a map whose median depth is then
-            outside 1 mm..10 m is refused.
+            outside ``plausible.median`` is refused.
+        larger_is: farther, a guess too; nearer for heights and for cameras that look along -Z. A map with many
+            different negative Z is refused where larger is farther.
+        offset: where larger is nearer: distance of Z = 0 from the camera, metres.
     """
 
     unit: Literal["mm", "m", "um"] = "mm"
+    larger_is: Literal["farther", "nearer"] = "farther"
+    offset: float = 0.0
 
 
 def items(tree: RawTree, options: RealIadD3Options) -> list[Item]:
@@ -86,9 +92,12 @@ def items(tree: RawTree, options: RealIadD3Options) -> list[Item]:
     A listed file that is missing among others becomes an item that cannot be read, so that it counts as dropped.
 
     Raises:
+        ConfigError: the offset is out of range or contradicts ``larger_is``.
         DataError: a JSON file is not what the release holds, none of a category's files is at its place, or the tree
             has neither layout.
     """
+    if not 0 <= options.offset < np.inf or (options.offset and options.larger_is == "farther"):
+        raise ConfigError(f"real_iad_d3.offset {options.offset} must be 0 or more, and needs larger_is nearer")
     listings = tree.find(LISTING)
     if not listings:
         return _rearranged(tree, options)
@@ -269,27 +278,28 @@ def _rearranged(tree: RawTree, options: RealIadD3Options) -> list[Item]:
 
 
 def read(item: Item) -> DepthMap:
-    """The metric depth of a cloud; where Z is not finite, 0 or negative it is missing.
+    """The metric depth of a cloud; where Z is not finite or 0 it is missing.
 
     Raises:
-        DataError: the file is missing, no float tiff of three channels, without any valid point, or at a distance that
-            contradicts the unit.
+        DataError: the file is missing, no float tiff of three channels, without any valid point, or of a sign that
+            contradicts ``larger_is`` and ``offset``.
     """
     if "absent" in item.extra:
         raise DataError(item.extra["absent"])
-    unit = item.options.unit
+    options: RealIadD3Options = item.options
     # Whole numbers up to a million are exact in float32, so the quotient is the nearest one to the true depth.
     with np.errstate(invalid="ignore"):
-        depth = _z(decode_tiff(item.file.read())) / np.float32(PER_METRE[unit])
-        depth_map = DepthMap(depth, (depth > 0) & (depth < np.inf))
-    values = depth_map.depth[depth_map.valid]
-    median = float(np.median(values[:: max(1, len(values) // 2**16)]))
-    if not NEAREST <= median <= FARTHEST:
-        raise DataError(
-            f"median depth {median:.4g} m is outside {NEAREST:g}..{FARTHEST:g} m: "
-            f"real_iad_d3.unit {unit} contradicts the data"
-        )
-    return depth_map
+        stored = _z(decode_tiff(item.file.read(), stack=True))
+        depth = stored / np.float32(PER_METRE[options.unit])
+        if options.larger_is == "farther":
+            refuse_negative(stored, NAME)
+            return DepthMap(depth, (depth > 0) & (depth < np.inf))
+        seen = np.isfinite(stored) & (stored != 0)
+        depth = options.offset - depth.astype(np.float64)
+        above = np.count_nonzero(seen & (depth <= 0))
+        if above:
+            raise DataError(f"{above} points reach the camera: real_iad_d3.offset {options.offset} is too small")
+        return DepthMap(depth, seen)
 
 
 def _z(points: np.ndarray) -> np.ndarray:
@@ -302,7 +312,7 @@ def _z(points: np.ndarray) -> np.ndarray:
 
 
 def describe(items: list[Item]) -> dict[str, Any]:
-    """For the manifest: licence, assumed unit, repeated files by the lists that name them, categories not found."""
+    """For the manifest: licence, what is assumed, repeated files by the lists that name them, categories not found."""
     repeated = Counter({"validation_in_test": 0})
     for item in items:
         repeated.update(
@@ -311,6 +321,7 @@ def describe(items: list[Item]) -> dict[str, Any]:
     return {
         "licence": LICENCE,
         "unit_assumed": items[0].options.unit,
+        "larger_is_assumed": items[0].options.larger_is,
         **dict(sorted(repeated.items())),
         "categories_absent": sorted(set(CATEGORIES) - {item.category for item in items}),
     }

@@ -8,25 +8,28 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
-
 from data_prep import pseudo_depth
-from data_prep.item import Item
-from data_prep.manifest import digest_json, file_fault, sync_folder, temporary_name, write_json
+from data_prep.item import Item, sample_keys
+from data_prep.manifest import digest_json, file_fault, sync_folder, temporary_name, write_file, write_json
 from data_prep.output import PROGRESS
+from data_prep.plausibility import PlausibilityConfig, refuse_unless_plausible, summarise
 from data_prep.pseudo_depth import FlatDepth, Model, PseudoDepthConfig
 from data_prep.shrink import shrink
-from dino_depth.depth import UNIT, DepthMap, encode_png
+from data_prep.workers import available_cores
+from dino_depth.depth import UNIT, Coding, DepthMap, codes_png, encode
 from dino_depth.errors import DataError
+from dino_depth.shard_format import JSON, PNG, shard_file
+from dino_depth.shard_index import index_shard
 from dino_depth.storage import RemotePath
 
-__all__ = ["ShardTask", "finished_row", "makes_images", "reader_module", "upload", "write_shard"]
+__all__ = ["ShardTask", "finished_row", "finished_rows", "makes_images", "reader_module", "upload", "write_shard"]
 
 SMALLEST_SIDE = 14
 WINDOW = 64  # images that are read together, so that images of one shape meet in a batch
@@ -42,29 +45,44 @@ class ShardTask:
         reader: name of the reader.
         max_side: longest side of a stored map, pixels; 0 keeps every pixel.
         items: the files, of one dataset.
-        keys: their keys.
+        shared: keys at which some of them would meet others, see :func:`data_prep.item.sample_keys`.
         model: what turns images into depth; None where the reader reads depth.
         pseudo_depth: and how.
+        coding: of depth in the stored PNGs.
+        plausible: what a map must be like to be stored.
         remote: where the finished shard is moved to from ``out``, if it is.
+        of: shards of the folder in all.
     """
 
     index: int
     out: Path
     reader: str
     max_side: int
-    items: list[Item]
-    keys: list[str]
+    items: Sequence[Item]
+    shared: frozenset[str]
     model: Model | None = None
     pseudo_depth: PseudoDepthConfig | None = None
     remote: RemotePath | None = None
+    coding: Coding = "linear"
+    plausible: PlausibilityConfig = field(default_factory=PlausibilityConfig)
+    of: int = 1
+
+    @property
+    def keys(self) -> list[str]:
+        return sample_keys(self.items, self.shared)
 
     @property
     def file(self) -> str:
-        return f"depth-{self.index:06d}.tar"
+        return shard_file(self.index, self.of)
 
     @property
     def row_path(self) -> Path:
         return self.out / PROGRESS / f"{self.file}.json"
+
+    @property
+    def index_path(self) -> Path:
+        """Where the shard's part of the folder's index waits for the others."""
+        return self.out / PROGRESS / f"{self.file}.index"
 
 
 def reader_module(name: str) -> ModuleType:
@@ -88,6 +106,8 @@ def write_shard(task: ShardTask, tick: Callable[[int], None]) -> dict:
     path, progress = task.out / task.file, task.out / PROGRESS
     temporary = progress / temporary_name(task.file)
     dropped: list[dict] = []
+    for folder in (path.parent, temporary.parent):
+        folder.mkdir(exist_ok=True)
     try:
         with open(temporary, "wb") as raw:
             file = _HashingFile(raw)
@@ -104,10 +124,12 @@ def write_shard(task: ShardTask, tick: Callable[[int], None]) -> dict:
             os.fsync(raw.fileno())
         samples = len(task.items) - len(dropped)
         if samples:
+            with open(temporary, "rb") as written:
+                write_file(task.index_path, index_shard(written, samples).pieces(), progress)
             os.replace(temporary, path)
         else:
             path.unlink(missing_ok=True)
-        sync_folder(task.out)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     row = {"file": task.file, "sha256": file.sha256.hexdigest(), "bytes": file.bytes, "samples": samples}
@@ -122,7 +144,7 @@ def finished_row(task: ShardTask, inputs: str | None = None) -> dict | None:
     path = task.out / task.file
     try:
         row = json.loads(task.row_path.read_bytes())
-        if row["inputs"] != (inputs or _inputs(task)):
+        if row["inputs"] != (inputs or _inputs(task)) or (row["samples"] and not task.index_path.is_file()):
             return None
         if row["samples"] and task.remote is not None and not path.exists():
             # Only an upload whose size was right removes the file here.
@@ -131,6 +153,12 @@ def finished_row(task: ShardTask, inputs: str | None = None) -> dict | None:
     except (OSError, ValueError, KeyError, TypeError):
         # Rows only save work: without one the shard is written again.
         return None
+
+
+def finished_rows(tasks: list[ShardTask]) -> dict[str, dict | None]:
+    """:func:`finished_row` of every task by its shard's name, of several at once."""
+    with ThreadPoolExecutor(available_cores()) as pool:  # reading and hashing leave Python's lock to the others
+        return dict(zip([task.file for task in tasks], pool.map(finished_row, tasks), strict=True))
 
 
 def upload(task: ShardTask, row: dict):
@@ -157,7 +185,7 @@ def _samples(task: ShardTask) -> Iterator[tuple[str, Item, Members | DataError]]
     maps = _read(task) if task.model is None else _estimate(task, task.model, task.pseudo_depth)
     for key, item, found in zip(task.keys, task.items, maps, strict=True):
         try:
-            yield key, item, found if isinstance(found, DataError) else _members(item, *found, task.max_side)
+            yield key, item, found if isinstance(found, DataError) else _members(task, item, *found)
         except DataError as error:
             yield key, item, error
 
@@ -188,20 +216,23 @@ def _estimate(task: ShardTask, model: Model, config: PseudoDepthConfig) -> Itera
             yield found if isinstance(found, DataError) else (found[0], {"pseudo_depth": found[1]})
 
 
-def _members(item: Item, depth_map: DepthMap, extra: dict, max_side: int) -> Members:
+def _members(task: ShardTask, item: Item, depth_map: DepthMap, extra: dict) -> Members:
     if min(depth_map.depth.shape) < SMALLEST_SIDE:
         raise DataError(f"{depth_map.depth.shape[0]}x{depth_map.depth.shape[1]} is below {SMALLEST_SIDE} pixels a side")
-    if max_side:
-        depth_map = shrink(depth_map, max_side)
-    png, near, far = encode_png(depth_map)
+    if task.max_side:
+        depth_map = shrink(depth_map, task.max_side)
+    codes, near, far = encode(depth_map, task.coding)
+    summary = summarise(codes, near, far, depth_map.kind, task.coding)
+    refuse_unless_plausible(depth_map, codes, summary, task.plausible, task.reader, item.options)
     height, width = depth_map.depth.shape
     description = {
-        **item.extra, **extra, "near": near, "far": far, "unit": UNIT[depth_map.kind], "kind": depth_map.kind,
+        **item.extra, **extra, "near": near, "far": far, "coding": task.coding, "median": summary.median,
+        "distinct": summary.distinct, "unit": UNIT[depth_map.kind], "kind": depth_map.kind,
         "source": item.source, "dataset": item.dataset, "category": item.category, "split": item.split,
         "label": item.label, "group": item.group, "height": height, "width": width,
-        "valid_fraction": np.count_nonzero(depth_map.valid) / depth_map.valid.size,
+        "valid_fraction": summary.valid,
     }  # fmt: skip
-    return [("depth.png", png), ("json", json.dumps(description, sort_keys=True).encode())]
+    return [(PNG, codes_png(codes)), (JSON, json.dumps(description, sort_keys=True).encode())]
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:

@@ -14,21 +14,23 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_prep import pseudo_depth
 from data_prep.folder import FolderOptions
-from data_prep.item import sample_keys
+from data_prep.item import sample_keys, shared_keys
 from data_prep.listing import Listing, known_reader, list_source, table, verdict
-from data_prep.manifest import FORMAT, MANIFEST, VERSION, count, digest_json, library_versions, write_json
-from data_prep.output import PROGRESS, continue_or_begin, exclusive, places, publish, shared, verify_finished, writing
+from data_prep.manifest import count, digest_json, digest_pieces, library_versions, stored_shards
+from data_prep.output import continue_or_begin, exclusive, places, publish, shared, verify_finished, writing
+from data_prep.plausibility import PlausibilityConfig, check_limits
 from data_prep.pseudo_depth import PseudoDepthConfig
 from data_prep.real_iad_d3 import RealIadD3Options
 from data_prep.shard_writer import (
     SMALLEST_SIDE,
     ShardTask,
-    finished_row,
+    finished_rows,
     makes_images,
     reader_module,
     upload,
@@ -38,6 +40,8 @@ from data_prep.visa import VisaOptions
 from data_prep.workers import run_tasks
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.progress import Progress
+from dino_depth.shard_format import FORMAT, INVERSE_VERSION, VERSION
+from dino_depth.shard_index import INDEX, SampleIndex, read_index
 from dino_depth.storage import RemotePath
 
 __all__ = ["Plan", "PrepareConfig", "begin", "finish", "plan", "prepare", "write_share"]
@@ -58,6 +62,9 @@ class PrepareConfig:
         samples_per_shard: maps per tar file; plan for more shards than training has ranks times workers.
         max_side: longest side of a stored map, pixels; larger maps shrink by a whole factor, to a representative valid
             value of each block, so that missing and valid pixels never mix. 0 keeps every pixel.
+        coding: of depth in the 16-bit PNGs: linear, or inverse for scenes with a part near and a wall far away, whose
+            codes are linear in inverse depth: finest where it is near.
+        plausible: what a map must be like to be stored; one that is not counts as unusable.
         max_drop_fraction: a larger share of unusable files of a dataset fails the run.
         sources: several readers, into one folder of shards, instead of ``dataset``.
         roots: the raw data of each of ``sources``: ``--roots.visa /data/VisA``.
@@ -76,6 +83,8 @@ class PrepareConfig:
     workers: int = 0
     samples_per_shard: int = 512
     max_side: int = 0
+    coding: Literal["linear", "inverse"] = "linear"
+    plausible: PlausibilityConfig = field(default_factory=PlausibilityConfig)
     max_drop_fraction: float = 0.01
     sources: list[str] = field(default_factory=list)
     roots: dict[str, str] = field(default_factory=dict)
@@ -167,15 +176,18 @@ def plan(config: PrepareConfig, device: str = "") -> Plan:
     names = Counter(listing.dataset for listing in listings)
     if twice := [name for name, uses in names.items() if uses > 1]:
         raise ConfigError(f"two sources are called {twice[0]}: give one another folder.name")
-    items = [item for listing in listings for item in listing.items]
-    keys = iter(sample_keys(items))
+    meeting = shared_keys(lambda: chain.from_iterable(listing.items for listing in listings))
     size, tasks = config.samples_per_shard, []
+    shards = sum(-(-len(listing.items) // size) for listing in listings)
     for listing in listings:
         estimation = (model, config.pseudo_depth) if listing.images else (None, None)
         for start in range(0, len(listing.items), size):
             chunk = listing.items[start : start + size]
-            named = [next(keys) for _ in chunk]
-            tasks.append(ShardTask(len(tasks), out, listing.reader, config.max_side, chunk, named, *estimation, remote))
+            # With each shard only those that it needs.
+            own = meeting and meeting.intersection(key.lower() for key in sample_keys(chunk, frozenset()))
+            common = {"remote": remote, "coding": config.coding, "plausible": config.plausible, "of": shards}
+            task = ShardTask(len(tasks), out, listing.reader, config.max_side, chunk, own, *estimation, **common)
+            tasks.append(task)
     # As a folder's JSON gives it back: lists instead of tuples.
     resolved = json.loads(json.dumps(resolved))
     versions = library_versions() | (model.versions if model else {})
@@ -187,13 +199,11 @@ def begin(planned: Plan):
     """Notes the plan in ``out``, which the caller holds, and removes what a killed run left there."""
     continue_or_begin(planned.out, {"config": planned.config, "versions": planned.versions}, planned.remote)
     expected = {task.file for task in planned.tasks}
-    for path in planned.out.glob("*.tar"):
-        # Left by a killed run whose root has shrunk since.
-        if path.name not in expected:
-            path.unlink()
-    for name in (planned.remote.sizes() if planned.remote else {}).keys() - expected:
-        if name.endswith(".tar"):
-            (planned.remote / name).remove()
+    # Left by a killed run whose root has shrunk since.
+    for name in stored_shards(planned.out).keys() - expected:
+        (planned.out / name).unlink()
+    for name in (stored_shards(planned.remote) if planned.remote else {}).keys() - expected:
+        (planned.remote / name).remove()
 
 
 def write_share(planned: Plan, tasks: list[ShardTask]):
@@ -214,7 +224,7 @@ def finish(planned: Plan) -> dict:
     with writing(planned.out), exclusive(planned.out, planned.remote) as already_finished:
         if already_finished:
             return verify_finished(planned.destination, planned.config, planned.listed)
-        rows = {task.file: finished_row(task) for task in planned.tasks}
+        rows = finished_rows(planned.tasks)
         if missing := [file for file, row in rows.items() if row is None]:
             more = ", ..." if len(missing) > MISSING_SHOWN else ""
             raise DataError(
@@ -270,11 +280,14 @@ def _resolve(config: PrepareConfig, sources: Iterable[str]) -> dict:
         raise ConfigError(f"max_drop_fraction must be between 0 and 1, got {config.max_drop_fraction}")
     if config.workers < 0:
         raise ConfigError(f"workers must be 0 or more, got {config.workers}")
+    check_limits(config.plausible)
     options = {name: _options(config, name) for name in sources}
     resolved = {
         "sources": {name: asdict(value) if value is not None else {} for name, value in options.items()},
         "samples_per_shard": config.samples_per_shard,
         "max_side": config.max_side,
+        "coding": config.coding,
+        "plausible": asdict(config.plausible),
     }
     if any(makes_images(reader_module(name)) for name in sources):
         resolved["pseudo_depth"] = asdict(config.pseudo_depth)
@@ -284,6 +297,7 @@ def _resolve(config: PrepareConfig, sources: Iterable[str]) -> dict:
 def _write(planned: Plan, tasks: list[ShardTask]) -> dict[str, dict]:
     """Writes the shards that are not yet there; the rows of all, by file."""
     rows: dict[str, dict] = {}
+    faults, datasets = Counter(), {task.file: task.items[0].dataset for task in tasks}
     depth = [task for task in tasks if task.model is None]
     images = [task for task in tasks if task.model is not None]
     with Progress("prep", sum(len(task.items) for task in tasks), "maps") as progress:
@@ -293,7 +307,10 @@ def _write(planned: Plan, tasks: list[ShardTask]) -> dict[str, dict]:
             with closing(run_tasks(write_shard, share, workers, progress.advance)) as finished:
                 for row in finished:
                     rows[row["file"]] = row
-                    _refuse_many_faults(planned, rows)
+                    dataset = datasets[row["file"]]
+                    faults[dataset] += sum(not drop["flat"] for drop in row["dropped"])
+                    if faults[dataset] > planned.max_drop_fraction * planned.listed[dataset]["count"]:
+                        _refuse_many_faults(planned, rows)
     return rows
 
 
@@ -323,31 +340,36 @@ def _finish(planned: Plan, rows: dict[str, dict]) -> dict:
     """Writes the manifest and prints what it says."""
     _refuse_many_faults(planned, rows)
     manifest = _manifest(planned, [rows[task.file] for task in planned.tasks], _dropped(planned, rows))
-    if planned.remote:
-        publish(planned.out, planned.remote, manifest)
-    else:
-        write_json(planned.out / MANIFEST, manifest, planned.out / PROGRESS)
+    parts = (read_index(task.index_path) for task in planned.tasks if rows[task.file]["samples"])
+    index = SampleIndex.join(parts).pieces()
+    size = sum(memoryview(piece).nbytes for piece in index)
+    manifest["index"] = {"file": INDEX, "sha256": digest_pieces(index), "bytes": size}
+    publish(planned.out, planned.remote, manifest, index)
     print(_summary(manifest))
     print(f"{_total(manifest)} in {planned.destination}")
     return manifest
 
 
 def _manifest(planned: Plan, rows: list[dict], dropped: dict[str, list[dict]]) -> dict:
-    sources, kept = {}, []
+    sources, kept = {}, Counter()
     for listing in planned.listings:
         unusable = {drop["path"] for drop in dropped[listing.dataset]}
-        usable = [item for item in listing.items if item.source not in unusable]
-        if not usable:
+        maps, alone, scenes = 0, 0, set()
+        for item in listing.items:
+            if item.source not in unusable:
+                maps, alone = maps + 1, alone + (not item.group)
+                kept[item.dataset, item.category, item.split, item.label] += 1
+                scenes |= {(item.category, item.group)} if item.group else set()
+        if not maps:
             first = dropped[listing.dataset][0]
             raise DataError(
                 f"none of {len(listing.items)} files of {listing.dataset} is usable: {first['path']}: {first['reason']}"
             )
-        kept += usable
         sources[listing.dataset] = {
             "reader": listing.reader, **listing.description, **listing.origin,
-            "files_listed": listing.listed, "maps": len(usable),
+            "files_listed": listing.listed, "maps": maps,
             # Maps of one scene, under several lights, are near-duplicates: training may take one of them an epoch.
-            "scenes": len({(item.category, item.group) if item.group else item.source for item in usable}),
+            "scenes": alone + len(scenes),
             "dropped": dropped[listing.dataset],
         }  # fmt: skip
         if listing.images:
@@ -355,12 +377,12 @@ def _manifest(planned: Plan, rows: list[dict], dropped: dict[str, list[dict]]) -
             stated = {"model": model.identity, "revision": model.revision, "licence": model.licence}
             sources[listing.dataset]["pseudo_depth"] = stated
     return {
-        "format": FORMAT, "version": VERSION,
+        "format": FORMAT, "version": INVERSE_VERSION if planned.config["coding"] == "inverse" else VERSION,
         "sources": sources,
         "config": planned.config, "config_hash": digest_json(planned.config),
         "versions": planned.versions,
-        "total": len(kept),
-        "counts": count((item.dataset, item.category, item.split, item.label) for item in kept),
+        "total": kept.total(),
+        "counts": count(kept),
         "shards": [{key: row[key] for key in ("file", "sha256", "bytes", "samples")} for row in rows if row["samples"]],
     }  # fmt: skip
 

@@ -29,7 +29,9 @@ def split_order(split: str) -> tuple[bool, bool, str]:
 
 def readable(unit: str, largest: float) -> tuple[float, str]:
     """Factor and unit to write lengths up to ``largest`` in."""
-    return (1000, "mm") if unit == "m" and largest < 1 else (1, unit)
+    if unit != "m" or largest >= 1:
+        return 1, unit
+    return (1e6, "µm") if 0 < largest < 1e-3 else (1000, "mm")
 
 
 @dataclass(frozen=True)

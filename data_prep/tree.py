@@ -8,7 +8,7 @@ from pathlib import Path
 from data_prep.archives import ARCHIVE, RawFile, hidden, index_archive
 from dino_depth.errors import DataError
 
-__all__ = ["RawTree"]
+__all__ = ["RawTree", "refuse_link_out", "refuse_links_out", "walk"]
 
 
 class RawTree:
@@ -25,10 +25,11 @@ class RawTree:
         # Not resolve(): the name of a linked folder is the one the user sees.
         self.root = Path(os.path.abspath(root))
         self.name = ARCHIVE.sub("", self.root.name)
-        self._files: dict[str, RawFile] = {}
+        # None: lies in the folder itself. Objects for ten million files would take gigabytes.
+        self._files: dict[str, RawFile | None] = {}
         self._mounted = False
         if self.root.is_dir():
-            self._files = {name: RawFile(str(self.root), name) for name in _walk(self.root)}
+            self._files = dict.fromkeys(walk(self.root))
         elif self.root.is_file() and ARCHIVE.search(self.root.name):
             self._files = index_archive(self.root, self.root.name)
             self._mounted = True
@@ -46,7 +47,7 @@ class RawTree:
         return name in self._files
 
     def __getitem__(self, name: str) -> RawFile:
-        return self._files[name]
+        return self._files[name] or RawFile(str(self.root), name)
 
     def find(self, pattern: str) -> list[tuple[re.Match[str], str]]:
         """The match and name of every file whose name matches, sorted; where none does, the same in the archives.
@@ -56,14 +57,18 @@ class RawTree:
                 category also matches where ``root`` is one category's folder.
         """
         expression = re.compile(pattern)
-        found = self._matching(expression)
-        if not found and self.mount_archives():
-            found = self._matching(expression)
-        return found
+        return [(expression.fullmatch(f"{self.name}/{name}"), name) for name in self.find_names(pattern)]
 
-    def _matching(self, expression: re.Pattern[str]) -> list[tuple[re.Match[str], str]]:
-        tried = ((expression.fullmatch(f"{self.name}/{name}"), name) for name in self.names)
-        return [(match, name) for match, name in tried if match]
+    def find_names(self, pattern: str) -> list[str]:
+        """As :meth:`find`, the names alone."""
+        expression = re.compile(pattern)
+        found = [name for name in self.names if expression.fullmatch(f"{self.name}/{name}")]
+        return found or (self.find_names(pattern) if self.mount_archives() else [])
+
+    @property
+    def plain(self) -> bool:
+        """Whether every file lies in the folder itself, none in an archive."""
+        return not any(self._files.values())
 
     def mount_archives(self) -> bool:
         """Adds the files in the archives below ``root``, as if each were unpacked beside itself.
@@ -89,28 +94,41 @@ class RawTree:
         return bool(added)
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """The names of all visible files below a folder; links are followed, but not in circles."""
+def walk(root: Path) -> Iterator[str]:
+    """The names of all visible files below a folder, relative to it; links within it are followed, but not in circles.
 
-    def fail(error: OSError):
-        raise DataError(f"{error.filename}: cannot be listed: {error.strerror}")
-
-    def identity(folder: str) -> tuple[int, int]:
+    Raises:
+        DataError: a folder cannot be listed, or a link leads out of ``root``: what is copied, shown or published would
+            then be files that nobody meant to give.
+    """
+    inside, waiting = os.path.realpath(root), [(str(root), "", frozenset())]
+    while waiting:
+        folder, prefix, above = waiting.pop()
         try:
             status = os.stat(folder)
+            if (here := (status.st_dev, status.st_ino)) in above:
+                continue
+            with os.scandir(folder) as listed:
+                entries = [entry for entry in listed if not hidden(entry.name)]
         except OSError as error:
-            fail(error)
-        return status.st_dev, status.st_ino
+            raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from None
+        for entry in entries:
+            if entry.is_symlink():
+                refuse_link_out(entry.path, inside)
+            if entry.is_dir():
+                waiting.append((entry.path, f"{prefix}{entry.name}/", above | {here}))
+            else:
+                yield prefix + entry.name
 
-    above: dict[str, frozenset[tuple[int, int]]] = {str(root): frozenset()}
-    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
-        here = above.pop(folder) | {identity(folder)}
-        entered = []
-        for name in sorted(subfolders):
-            path = os.path.join(folder, name)
-            if not hidden(name) and identity(path) not in here:
-                entered.append(name)
-                above[path] = here
-        subfolders[:] = entered
-        prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/" if folder != str(root) else ""
-        yield from (prefix + name for name in files if not hidden(name))
+
+def refuse_links_out(root: str | Path):
+    """For readers that list folders by themselves; raises DataError as `walk`."""
+    for _ in walk(Path(root)):
+        pass
+
+
+def refuse_link_out(link: str | Path, root: str | Path):
+    """Raises DataError where ``link`` is one that leads out of the folder ``root``, itself no link."""
+    target = os.path.realpath(link)
+    if os.path.commonpath([target, root]) != str(root):
+        raise DataError(f"{link} is a link to {target}, out of root {root}: name a root that holds both, or copy it")

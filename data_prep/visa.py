@@ -5,6 +5,11 @@
                    /image_anno.csv                                not read
     ROOT/split_csv/{1cls,2cls_highshot,2cls_fewshot}.csv          object,split,label,image,mask
 
+or as the dataset's own script for preparing it arranges it, where masks are 0 and 255 and the folders are the table:
+
+    ROOT/[{1cls,2cls_highshot,2cls_fewshot}/]<category>/{train,test}/{good,bad}/<stem>.JPG
+                                                       /ground_truth/[{train,test}/]bad/<stem>.png
+
 The paths in a table begin with the category. ROOT may also be an archive, a folder with such archives, or, without a
 table, one category's folder. A category that is absent altogether is no fault, so that a part of the dataset can be
 used; a listed image of a present category must be there. An image that the table does not list gets the split
@@ -23,11 +28,16 @@ from dino_depth.errors import ConfigError, DataError
 __all__ = ["LICENCE", "PUBLISHED", "VisaOptions", "items", "read_image"]
 
 LICENCE = "VisA, CC BY 4.0"
-LAYOUT = "[<category>/]Data/Images/{Normal,Anomaly}/*.JPG"
+LAYOUT = "[<category>/]Data/Images/{Normal,Anomaly}/*.JPG, or [<category>/]{train,test}/{good,bad}/*.JPG"
 # The table says the split; the folder in its place is the same for all.
 PATTERN = r"(?:.*/)?(?P<category>[^/]+)/(?P<split>Data)/Images/(?P<label>[^/]+)/(?P<stem>[^/]+)\.(?i:jpe?g)"
 MASKS = r"(?:.*/)?(?P<mask>[^/]+/Data/Masks/[^/]+/[^/]+\.(?i:png))"
+TABLES = ("1cls", "2cls_highshot", "2cls_fewshot")
+PREPARED = (
+    r"(?P<before>(?:.*/)?)(?P<category>[^/]+)/(?P<split>train|test)/(?P<label>good|bad)/(?P<stem>[^/]+)\.(?i:jpe?g)"
+)
 LABELS = {"Normal": "good", "Anomaly": "anomalous"}
+PREPARED_LABELS = {"good": "good", "bad": "anomalous"}
 LISTED_LABELS = {"normal": "good", "anomaly": "anomalous"}
 COLUMNS = ("object", "split", "label", "image", "mask")
 COUNTS = {
@@ -84,6 +94,8 @@ def items(tree: RawTree, options: VisaOptions) -> list[Item]:
         extra = {"mask": f"{category}/Data/Masks/{place['label']}/{stem}.png"}
         return Item("visa", category, "all", LABELS[place["label"]], stem, tree[name], source, extra=extra)
 
+    if not tree.find(PATTERN) and (prepared := tree.find(PREPARED)):
+        return _prepared(tree, prepared, options)
     found = find_items(tree, "visa", PATTERN, LAYOUT, ("Data",), make)
     if options.split_csv != "none":
         found = _by_table(tree, options.split_csv, found)
@@ -91,6 +103,27 @@ def items(tree: RawTree, options: VisaOptions) -> list[Item]:
     matches = (re.fullmatch(MASKS, f"{tree.name}/{name}") for name in tree.names)
     masks = {match["mask"] for match in matches if match}
     return [item if item.extra["mask"] in masks else replace(item, extra={}) for item in found]
+
+
+def _prepared(tree: RawTree, found: list[tuple[re.Match[str], str]], options: VisaOptions) -> list[Item]:
+    """The items of a tree that its own script arranged, of one table where there are several."""
+    tables = {table for match, _ in found for table in TABLES if f"/{table}/" in f"/{match['before']}"}
+    table = options.split_csv
+    if tables and table not in tables:
+        raise DataError(f"{tree.root} is arranged by {', '.join(sorted(tables))}: visa.split_csv {table} is another")
+    items = []
+    for match, name in found:
+        if tables and f"/{table}/" not in f"/{match['before']}":
+            continue
+        category, split, label, stem = (match[key] for key in ("category", "split", "label", "stem"))
+        folder = name[: -len(f"{split}/{label}/{name.rpartition('/')[2]}")]
+        masks = [f"ground_truth/{place}{label}/{stem}.png" for place in ("", f"{split}/")]
+        mask = next((mask for mask in masks if folder + mask in tree), "")
+        extra = {"mask": f"{category}/{mask}"} if mask else {}
+        source = match[0][match.start("category") :]
+        split = "all" if table == "none" else split
+        items.append(Item("visa", category, split, PREPARED_LABELS[label], stem, tree[name], source, extra=extra))
+    return items
 
 
 def _by_table(tree: RawTree, table: str, found: list[Item]) -> list[Item]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing.connection import wait as wait_for_connection
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = ["available_cores", "run_tasks"]
 
 Tick = Callable[[int], None]
 POLL_SECONDS = 0.2
+AHEAD = 4  # tasks of each worker that are submitted
 
 
 class _Stopped(Exception):
@@ -70,9 +72,14 @@ def _run_in_pool(function, tasks, workers: int, advance, stopped: threading.Even
         stop, done = context.Event(), context.Value("q", 0)
     with ProcessPoolExecutor(workers, context, _begin_worker, (stop, done)) as pool:
         try:
-            with _held_back(signal.SIGUSR2):
-                pending = {pool.submit(_run_in_worker, function, task) for task in tasks}
-            while pending:
+            # A few ahead: waiting for all of them at once would take the square of their number.
+            waiting, pending = iter(tasks), set()
+            while True:
+                with _held_back(signal.SIGUSR2):
+                    ahead = islice(waiting, AHEAD * workers - len(pending))
+                    pending |= {pool.submit(_run_in_worker, function, task) for task in ahead}
+                if not pending:
+                    break
                 finished, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
                 if stopped.is_set():
                     raise _Stopped

@@ -1,7 +1,11 @@
 """DINO-Depth: self-supervised pretraining of single-channel depth encoders."""
 
+from dino_depth.transformers_hooks import install as _install
+
 __version__ = "0.1.0"
 __all__ = ["load_encoder"]
+
+_install()  # costs nothing until transformers is imported
 
 
 def __getattr__(name: str):

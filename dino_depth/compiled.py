@@ -27,8 +27,11 @@ def compiling(enabled: bool, backend: str = "inductor") -> Iterator[None]:
     """
     global _backend
     before, _backend = _backend, backend if enabled else None
+    # Where gradients are averaged over ranks, torch would cut every unit at the borders of their buckets.
+    whole = torch._dynamo.config.patch(optimize_ddp=False) if enabled else contextlib.nullcontext()
     try:
-        yield
+        with whole:
+            yield
     finally:
         _backend = before
 

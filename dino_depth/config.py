@@ -19,8 +19,8 @@ from dino_depth.depth import Normalization
 from dino_depth.errors import ConfigError
 
 __all__ = [
-    "CropConfig", "DataConfig", "HealthConfig", "LossConfig", "ModelConfig", "OptimConfig", "PretrainConfig",
-    "TrainConfig", "config_keys", "find_config", "load_config", "parse", "save_config", "suggestion",
+    "CropConfig", "DataConfig", "DistillConfig", "HealthConfig", "LossConfig", "ModelConfig", "OptimConfig",
+    "PretrainConfig", "TrainConfig", "config_keys", "find_config", "load_config", "parse", "save_config", "suggestion",
 ]  # fmt: skip
 
 
@@ -34,9 +34,11 @@ class DataConfig:
         cache_gib: size that these copies never exceed, GiB.
         splits: splits to train on; empty means all of them (the paper's split A counts every split).
         workers: data-loading processes; 0 decodes in the training process.
-        resident: keep every decoded map in memory (16 bits a pixel), shared by the workers.
+        resident: keep every decoded map in memory (16 bits a pixel), once for all processes of a machine.
         on_device: keep every normalised map on the training device instead (16 bits a pixel), and make the crops there.
         mixing: relative weight of each dataset; empty means by size, so that an epoch sees every map exactly once.
+        window: read the maps of so many shards in random order, then those of the next, drawn anew each epoch; for
+            shards at URLs that exceed the cache. 0: all maps in random order.
         one_per_group: an epoch sees one map of each scene, in turn; off, as the paper's splits count every map.
         normalization: how depth becomes the network's input.
     """
@@ -49,6 +51,7 @@ class DataConfig:
     resident: bool = False
     on_device: bool = False
     mixing: dict[str, float] = field(default_factory=dict)
+    window: int = 0
     one_per_group: bool = False
     normalization: Normalization = field(default_factory=Normalization)
 
@@ -119,7 +122,7 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """DINO on the class token, iBOT on masked patches, KoLeo on the class token.
+    """DINO on the class token, iBOT on masked patches, KoLeo on the class token, and on request a dense loss.
 
     Attributes:
         prototypes: outputs of each of the two heads.
@@ -128,6 +131,8 @@ class LossConfig:
         dino_weight: weight of the DINO loss.
         ibot_weight: weight of the iBOT loss.
         koleo_weight: weight of the KoLeo regulariser.
+        dense_weight: weight of the loss between patches of the two global crops that see the same place; 0 leaves it
+            out, as the published recipe does. It shares the head of iBOT.
         student_temperature: of the student's softmax.
         teacher_temperature: of the teacher's, after its warm-up.
         teacher_temperature_start: of the teacher's, at step 0.
@@ -143,6 +148,7 @@ class LossConfig:
     dino_weight: float = 1.0
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
+    dense_weight: float = 0.0
     student_temperature: float = 0.1
     teacher_temperature: float = 0.07
     teacher_temperature_start: float = 0.04
@@ -150,6 +156,23 @@ class LossConfig:
     sinkhorn_iterations: int = 3
     mask_share: float = 0.5
     mask_ratio: tuple[float, float] = (0.1, 0.5)
+
+
+@dataclass
+class DistillConfig:
+    """A second teacher, frozen; alone, if the four weights of the losses above are 0.
+
+    Attributes:
+        teacher: name of a frozen encoder that sees depth, see docs/encoders.md; empty: none, the published recipe.
+        class_weight: weight of the cosine distance between class tokens.
+        patch_weight: weight of the cosine distance between patches.
+        size: side of the teacher's input, pixels; 0: that of the global crops, to the nearest multiple of its patches.
+    """
+
+    teacher: str = ""
+    class_weight: float = 1.0
+    patch_weight: float = 1.0
+    size: int = 0
 
 
 @dataclass
@@ -255,11 +278,13 @@ class PretrainConfig:
         out: run folder; must be empty or new unless ``resume``.
         resume: continue the run in ``out`` from its last checkpoint.
         init_from: checkpoint, run, export or ``.pth`` of DINO-v3's training code whose weights start a *new* run;
-            the heads of a run come along where they fit.
+            the heads of a run come along where they fit. Or a network of pictures, ``transformers:DIR_OR_ID`` or
+            ``timm:NAME``, whose three input channels become one.
         data: where the depth maps come from.
         crops: spatial-only multi-crop.
         model: the Vision Transformer.
         loss: DINO, iBOT and KoLeo.
+        distill: a frozen encoder as a second teacher.
         optim: AdamW and its schedules.
         health: the collapse gate.
         train: length, batch, precision and bookkeeping.
@@ -272,6 +297,7 @@ class PretrainConfig:
     crops: CropConfig = field(default_factory=CropConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -316,7 +342,8 @@ def parse(cls: type, arguments: list[str], program: str, positional: tuple[str, 
 
     Args:
         program: shown in usage lines.
-        positional: fields that may be given by position instead of as ``--name``.
+        positional: fields that may be given by position instead of as ``--name``; the last may end with "..." and is
+            then a list.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, a missing argument or an unreadable file.
@@ -343,6 +370,10 @@ def _spell_out(cls: type, arguments: list[str], positional: tuple[str, ...]) -> 
     """Writes positions as options, names of shipped files as paths, and a bare boolean option as true."""
     switches = {"--" + entry.name for entry in fields(cls) if entry.type is bool}
     spelled, waiting, expects_value = [], list(positional), False
+    several, listed = "", []
+    if waiting and waiting[-1].endswith("..."):
+        several = waiting.pop().removesuffix("...")
+        positional = (*waiting, several)
     for place, argument in enumerate(arguments):
         following = arguments[place + 1] if place + 1 < len(arguments) else "--"
         if argument.startswith("--"):
@@ -354,11 +385,15 @@ def _spell_out(cls: type, arguments: list[str], positional: tuple[str, ...]) -> 
                 spelled.append("true")
                 expects_value = False
             expects_value = expects_value and option not in ("--help", "--print_config")
-        elif expects_value or not waiting:
+        elif expects_value:
             spelled.append(argument)
             expects_value = False
+        elif not waiting:
+            (listed if several else spelled).append(argument)
         else:
             spelled += ["--" + waiting.pop(0), argument]
+    if listed:
+        spelled += ["--" + several, json.dumps(listed)]
     missing = [name for name in positional if "--" + name not in spelled]
     required = {entry.name for entry in fields(cls) if entry.default is MISSING and entry.default_factory is MISSING}
     asked = {"--help", "-h", "--print_config"} & set(spelled)
@@ -420,4 +455,9 @@ def load_config(cls: type, path: Path) -> Any:
     Raises:
         ConfigError: the file is missing or does not fit ``cls``.
     """
-    return parse(cls, ["--config", str(path)], "dino-depth")
+    values = parse(cls, ["--config", str(path)], "dino-depth")
+    if isinstance(values, PretrainConfig):
+        stored = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if "formula" not in stored.get("data", {}).get("normalization", {"formula": 2}):
+            values.data.normalization.formula = 1  # a run from before there was a second one
+    return values

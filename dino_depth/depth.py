@@ -3,7 +3,8 @@
 A depth map is float32, larger is farther, strictly positive where it is valid, and carries its validity as a mask.
 ``kind`` says whether values are metres (``"metric"``) or known up to scale only (``"relative"``).
 
-On disk a map is a 16-bit PNG: code 0 is a missing pixel, codes 1..65535 are linear between ``near`` and ``far``.
+On disk a map is a 16-bit PNG: code 0 is a missing pixel, codes 1..65535 are linear between ``near`` and ``far``, or
+linear in inverse depth, where the sample says so.
 The network sees one channel in which 0 is a missing pixel; how valid pixels are mapped is a :class:`Normalization`.
 """
 
@@ -12,7 +13,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -20,14 +21,20 @@ from PIL import Image
 from dino_depth.errors import DataError
 
 __all__ = [
-    "DepthMap", "Normalization", "decode", "decode_png", "encode", "encode_png", "fit_plane", "grey", "grey_map",
-    "normalize", "read_codes",
+    "CODINGS", "DepthMap", "Normalization", "code_depth", "codes_png", "coding_step", "decode", "decode_png", "encode",
+    "encode_png", "fit_plane", "grey", "grey_map", "grid_stride", "normalize", "read_codes",
 ]  # fmt: skip
 
 Kind = Literal["metric", "relative"]
+Coding = Literal["linear", "inverse"]
+CODINGS = get_args(Coding)
 LAST_CODE = 65535
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 UNIT = {"metric": "m", "relative": "relative"}
+HORIZON = 4.0  # times the median depth, and its inverse: bounds of the plane that ``plane`` measures from
+PLANE_TOLERANCE = 0.005  # of the median depth that a pixel of the plane may be off it
+PLANE_TRIALS = 128  # of its RANSAC
+KNEE = 2.0  # of ``plane``: proportional well below it, logarithmic above
 
 
 @dataclass(frozen=True)
@@ -100,40 +107,73 @@ def grey_map(image: np.ndarray) -> DepthMap:
     return DepthMap(values, np.ones(values.shape, bool), "relative")
 
 
-def encode(depth_map: DepthMap) -> tuple[np.ndarray, float, float]:
+def encode(depth_map: DepthMap, coding: Coding = "linear") -> tuple[np.ndarray, float, float]:
     """Codes (height, width) uint16 and the depths ``near`` and ``far`` of codes 1 and 65535.
 
-    Decoding is within half a code, ``(far - near) / 65534 / 2``, of the input.
+    Codes are linear in depth or, for scenes with a part near and a wall far away, in inverse depth: decoding is within
+    half a :func:`coding_step` of the input.
     """
     depth, valid = depth_map.depth, depth_map.valid
     # Positive floats order like their bits, and the 0 of a missing pixel less 1 wraps round to the largest.
     near = float(((depth.view(np.uint32) - np.uint32(1)).min() + np.uint32(1)).view(np.float32))
     far = float(depth.max())
-    codes = depth - np.float64(near)  # float64
-    codes /= (far - near) / (LAST_CODE - 1) or 1.0
+    if coding == "inverse":
+        codes = np.divide(np.float64(1), depth, out=np.full(depth.shape, 1 / near), where=valid)  # float64
+        np.subtract(1 / near, codes, out=codes)
+        codes /= (1 / near - 1 / far) / (LAST_CODE - 1) or 1.0
+    else:
+        codes = depth - np.float64(near)  # float64
+        codes /= (far - near) / (LAST_CODE - 1) or 1.0
     np.rint(codes, out=codes)
     codes += 1
     codes *= valid
     return codes.astype(np.uint16), near, far
 
 
-def decode(codes: np.ndarray, near: float, far: float, kind: Kind = "metric") -> DepthMap:
+def decode(codes: np.ndarray, near: float, far: float, kind: Kind = "metric", coding: Coding = "linear") -> DepthMap:
     """The inverse of :func:`encode`.
 
     Raises:
-        DataError: the codes are not uint16, ``near`` and ``far`` are not 0 < near <= far, or every code is 0.
+        DataError: the codes are not uint16, ``near`` and ``far`` are not 0 < near <= far, the coding is unknown, or
+            every code is 0.
     """
     if codes.dtype != np.uint16 or codes.ndim != 2:
         raise DataError(f"depth codes must be (height, width) uint16, got {codes.shape} {codes.dtype}")
+    return DepthMap(code_depth(codes, near, far, coding), codes > 0, kind)
+
+
+def code_depth(codes: np.ndarray | int, near: float, far: float, coding: Coding = "linear") -> np.ndarray:
+    """The depth of codes 1..65535, float64 of their shape.
+
+    Raises:
+        DataError: ``near`` and ``far`` are not 0 < near <= far, or the coding is unknown.
+    """
     if not (math.isfinite(near) and math.isfinite(far) and 0 < near <= far):
         raise DataError(f"near and far must satisfy 0 < near <= far < inf, got {near} and {far}")
-    valid = codes > 0
-    step = (far - near) / (LAST_CODE - 1)
-    return DepthMap(near + (codes.astype(np.float64) - 1) * step, valid, kind)
+    if coding not in CODINGS:
+        raise DataError(f"coding must be one of {', '.join(CODINGS)}, got {coding!r}")
+    place = np.asarray(codes, np.float64) - 1
+    if coding == "inverse":
+        # From the far end, where inverse depth is smallest, so that no digits cancel there.
+        return 1 / (1 / far + (LAST_CODE - 1 - place) * ((1 / near - 1 / far) / (LAST_CODE - 1)))
+    return near + place * ((far - near) / (LAST_CODE - 1))
 
 
-def encode_png(depth_map: DepthMap) -> tuple[bytes, float, float]:
-    """The 16-bit PNG of a map and its ``near`` and ``far``.
+def coding_step(depth: float, near: float, far: float, coding: Coding = "linear") -> float:
+    """How far apart two neighbouring codes are at a depth, in its unit."""
+    if coding == "inverse":
+        return depth**2 * (1 / near - 1 / far) / (LAST_CODE - 1)
+    return (far - near) / (LAST_CODE - 1)
+
+
+def encode_png(depth_map: DepthMap, coding: Coding = "linear") -> tuple[bytes, float, float]:
+    """The 16-bit PNG of a map and its ``near`` and ``far``."""
+    codes, near, far = encode(depth_map, coding)
+    return codes_png(codes), near, far
+
+
+def codes_png(codes: np.ndarray) -> bytes:
+    """The 16-bit PNG of codes (height, width) uint16.
 
     PNG libraries come with zlib, which takes twice to four times as long for a larger file (docs/performance.md), so
     the three chunks are put together here around what libdeflate compressed.
@@ -141,7 +181,6 @@ def encode_png(depth_map: DepthMap) -> tuple[bytes, float, float]:
     # Here, because training reads maps only.
     from imagecodecs import deflate_encode
 
-    codes, near, far = encode(depth_map)
     height, width = codes.shape
     pixels = codes.astype(">u2").view(np.uint8)  # (height, bytes)
     rows = np.empty((height, 1 + 2 * width), np.uint8)
@@ -150,7 +189,7 @@ def encode_png(depth_map: DepthMap) -> tuple[bytes, float, float]:
     np.subtract(pixels[:, 2:], pixels[:, :-2], out=rows[:, 3:])
     header = struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)  # 16-bit grey, not interlaced
     chunks = _chunk(b"IHDR", header) + _chunk(b"IDAT", deflate_encode(rows, level=1)) + _chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks, near, far
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
@@ -175,9 +214,9 @@ def read_codes(png: bytes) -> np.ndarray:
         raise DataError(f"unreadable depth PNG: {error}") from error
 
 
-def decode_png(png: bytes, near: float, far: float, kind: Kind = "metric") -> DepthMap:
+def decode_png(png: bytes, near: float, far: float, kind: Kind = "metric", coding: Coding = "linear") -> DepthMap:
     """The depth map of a PNG written by :func:`encode_png`."""
-    return decode(read_codes(png), near, far, kind)
+    return decode(read_codes(png), near, far, kind, coding)
 
 
 @dataclass
@@ -188,17 +227,22 @@ class Normalization:
         method: ``max`` divides by the map's largest depth (the official ModMap release);
             ``minmax`` maps the map's nearest..farthest to 0.1..1 (0 stays "missing");
             ``log`` is log(1 + depth) / log(101), DeFM's first channel, which keeps absolute distance;
-            ``plane`` is the signed distance in depth from the supporting plane, towards the camera, over a fixed scale.
-            Where no plane holds ``plane_support`` of the pixels, the fronto-parallel plane at median depth replaces it.
+            ``plane`` is the signed distance in depth from the supporting plane, towards the camera, over a fixed scale,
+            compressed where it is large. As a plane loses its support, the fronto-parallel plane at median depth takes
+            its place by degrees. docs/depth.md has the formula.
         scale: metres that ``plane`` maps to 1 in metric maps.
         scale_relative: relative depth, as a fraction of the map's median depth, that ``plane`` maps to 1.
-        plane_support: smallest share of valid pixels that makes a plane the supporting plane.
+        plane_support: share of valid pixels up to which a plane counts for nothing; from twice that share on it alone
+            is the reference. 0: always the plane, 1: never.
+        formula: of ``plane``; 2 as above. 1, for encoders trained with it: unbounded, and a plane below
+            ``plane_support`` gives way at once.
     """
 
     method: Literal["max", "minmax", "log", "plane"] = "plane"
     scale: float = 0.05
     scale_relative: float = 0.1
     plane_support: float = 0.2
+    formula: Literal[1, 2] = 2
 
 
 def normalize(depth_map: DepthMap, normalization: Normalization) -> np.ndarray:
@@ -219,24 +263,42 @@ def normalize(depth_map: DepthMap, normalization: Normalization) -> np.ndarray:
 
 
 def _height(depth_map: DepthMap, normalization: Normalization) -> np.ndarray:
-    median = float(np.median(depth_map.depth[depth_map.valid]))
+    """The formula of docs/depth.md."""
+    bounded = normalization.formula == 2
+    depth, start = depth_map.depth, normalization.plane_support
+    median = float(np.median(depth[depth_map.valid]))
     metric = depth_map.kind == "metric"
     scale = normalization.scale if metric else normalization.scale_relative * median
     plane, support = fit_plane(depth_map)
-    if support < normalization.plane_support:
-        reference = np.float32(median)
+    if bounded:
+        nearest, farthest = median / HORIZON, median * HORIZON
+        weight = np.float32(np.clip(support / max(start, 1e-6) - 1, 0, 1))
     else:
-        height, width = depth_map.depth.shape
+        nearest, farthest = (0.0, 10 * depth.max()) if metric else (-np.inf, np.inf)
+        weight = np.float32(support >= start)
+    reference = np.float32(median)
+    if weight:
+        height, width = depth.shape
         rows = (np.arange(height, dtype=np.float32) / max(height, width))[:, None]
         columns = (np.arange(width, dtype=np.float32) / max(height, width))[None, :]
-        reference = plane[0] * columns + plane[1] * rows + plane[2]
+        on_plane = plane[0] * columns + plane[1] * rows + plane[2]
         if metric:
             # Towards the horizon a pinhole plane's inverse depth reaches 0: keep the reference finite there.
-            reference = 1 / np.maximum(reference, 1 / (10 * depth_map.depth.max()))
-    return (reference - depth_map.depth) / np.float32(scale)
+            on_plane = 1 / np.maximum(on_plane, np.float32(1 / farthest))
+        on_plane = np.clip(on_plane, np.float32(nearest), np.float32(farthest))
+        reference = weight * on_plane + (1 - weight) * reference
+    value = (reference - depth) / np.float32(scale)
+    return np.float32(KNEE) * np.arcsinh(value / np.float32(KNEE)) if bounded else value
 
 
-def fit_plane(depth_map: DepthMap, tolerance: float = 0.005, trials: int = 128) -> tuple[np.ndarray, float]:
+def grid_stride(pixels: int) -> int:
+    """Every how many rows and columns of a map of so many pixels ``fit_plane`` looks."""
+    return max(1, int(math.sqrt(pixels / 4096)))
+
+
+def fit_plane(
+    depth_map: DepthMap, tolerance: float = PLANE_TOLERANCE, trials: int = PLANE_TRIALS
+) -> tuple[np.ndarray, float]:
     """The plane that holds most pixels, by seeded RANSAC on a thinned grid and least squares on its inliers.
 
     Under a pinhole camera a plane is affine in the *inverse* depth of its pixels, so metric maps are fitted as
@@ -250,7 +312,7 @@ def fit_plane(depth_map: DepthMap, tolerance: float = 0.005, trials: int = 128) 
         (3,) float32 coefficients and the share of valid pixels on the plane.
     """
     depth, valid = depth_map.depth, depth_map.valid
-    stride = max(1, int(math.sqrt(depth.size / 4096)))
+    stride = grid_stride(depth.size)
     rows, columns = np.nonzero(valid[::stride, ::stride])
     z = depth[::stride, ::stride][rows, columns].astype(np.float64)
     if len(z) < 3:

@@ -10,14 +10,13 @@ import torch
 from dino_depth.errors import ConfigError
 from dino_depth.onednn import multiply_with_onednn, wants_onednn
 
-__all__ = ["autocast", "has_bfloat16_units", "pick_device", "reuse_memory"]
+__all__ = ["autocast", "gpu_figures", "has_bfloat16_units", "pick_device", "reuse_memory"]
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones.
 
-    A CPU without AMX or AVX-512 BF16 does not: float32 was 1.5 times as fast there. With the latter bfloat16 was 4
-    times as fast.
+    A CPU without AMX or AVX-512 BF16 does not; docs/performance.md.
     """
     return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
@@ -39,9 +38,28 @@ def pick_device(name: str) -> torch.device:
         if wants_onednn():
             multiply_with_onednn()
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    # Crops and rows differ in number from step to step: fixed segments would be cut into pieces that fit none of them.
+    # Read at the first allocation.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # A process may be shown its own GPU only.
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def gpu_figures(device: torch.device) -> dict[str, float]:
+    """Memory that tensors took at most and that is reserved, GiB, and the share of the last second in which a kernel
+    ran; nothing on a CPU, no share where the driver's library is not to be had."""
+    if device.type != "cuda":
+        return {}
+    figures = {
+        "gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+        "gpu_reserved_gib": torch.cuda.memory_reserved(device) / 2**30,
+    }
+    # NVIDIA's library raises a type of its own where a container hides it; a run does not end for that.
+    with contextlib.suppress(Exception):
+        figures["gpu_busy"] = torch.cuda.utilization(device) / 100
+    return figures
 
 
 def reuse_memory():

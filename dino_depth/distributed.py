@@ -23,16 +23,17 @@ __all__ = [
     "all_gather",
     "all_max",
     "all_sum",
+    "broadcast",
     "barrier",
     "gather",
     "naming_the_cause",
     "note",
     "rank",
-    "read",
     "require_equal",
     "require_equal_weights",
     "start",
     "stop",
+    "wait",
     "world_size",
 ]
 
@@ -62,11 +63,10 @@ def start(device: torch.device, timeout: float = 600.0):
         store, here, world = next(dist.rendezvous("env://", timeout=wait))
         # torchrun's agent keeps one store over all its restarts, in which addresses of dead ranks are still written.
         store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-of-{world}", store)
-        # A GPU's collectives are watched by ``read``, which can say more; torch's own watchdog is the second line.
+        # A GPU's collectives are watched by ``wait``, which can say more; torch's own watchdog is the second line.
         late = wait + datetime.timedelta(seconds=60 if device.type == "cuda" else 0)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=store, rank=here, world_size=world, timeout=late
-        )
+        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=here, world_size=world, timeout=late, device_id=bound)
         _store, _timeout = dist.PrefixStore("dino-depth", store), timeout
         _store.set(f"host/{rank()}", socket.gethostname())
         barrier()
@@ -111,6 +111,13 @@ def all_max(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast(tensor: Tensor) -> Tensor:
+    """The first rank's tensor, in place of every rank's; no gradient."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor):
@@ -139,20 +146,22 @@ def gather(value) -> list:
     return values
 
 
-def read(tensor: Tensor) -> list:
-    """``tensor.tolist()``, but a GPU that waits for another rank too long is an error instead of a hang.
+def wait(there: torch.cuda.Event | None):
+    """Waits for a GPU to come there; if it has to wait for another rank too long, that is an error instead of a hang.
 
     Raises:
         DistBackendError: another rank did not answer within the timeout.
     """
-    if tensor.is_cuda and world_size() > 1:
-        computed, deadline = torch.cuda.Event(), time.monotonic() + _timeout
-        computed.record()
-        while not computed.query():
-            if time.monotonic() > deadline:
-                raise dist.DistBackendError(f"timed out after {_timeout:.0f} s")
-            time.sleep(1e-4)
-    return tensor.tolist()
+    if there is None:
+        return
+    if world_size() == 1:
+        there.synchronize()
+        return
+    deadline = time.monotonic() + _timeout
+    while not there.query():
+        if time.monotonic() > deadline:
+            raise dist.DistBackendError(f"timed out after {_timeout:.0f} s")
+        time.sleep(1e-4)
 
 
 def require_equal(what: str, value):

@@ -17,6 +17,7 @@ __all__ = ["DoctorConfig", "doctor"]
 
 BACKENDS = ("grouped", "varlen", "xformers")
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "xformers", "webdataset", "numpy", "pillow", "submitit")
+RENDERING = ("embreex", "manifold3d", "trimesh")  # the extra render
 
 
 @dataclass
@@ -47,7 +48,7 @@ def doctor(config: DoctorConfig):
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
-    rows += [(package, _version(package)) for package in PACKAGES]
+    rows += [(package, _version(package)) for package in PACKAGES + RENDERING]
     if cuda:
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)

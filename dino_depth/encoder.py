@@ -19,6 +19,7 @@ from dino_depth.weight_names import from_dinov3, from_transformers
 
 __all__ = ["Encoder", "load_encoder", "random_encoder", "read_backbone"]
 
+SHIPPED = {"tiny": Path(__file__).resolve().parent / "shipped" / "tiny"}
 # What DepthTransformer computes, in the words of transformers' configurations.
 EVERYWHERE = {"num_channels": 1, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
 LEARNED = {"mlp_ratio": 4, "qkv_bias": True, "use_swiglu_ffn": False}
@@ -86,8 +87,9 @@ def load_encoder(
     the same as, resizing the one of the training model: export at the size you use. Rotary positions fit every size.
 
     Args:
-        path: folder written by ``dino-depth export``, its ``transformers`` subfolder, or a Hub repository (owner/name);
-            or another source of :func:`read_backbone`.
+        path: ``tiny``, which comes with the package (a folder of that name is ``./tiny``); a folder written by
+            ``dino-depth export``, its ``transformers`` subfolder, or a Hub repository (owner/name); or another source
+            of :func:`read_backbone`.
         device: where the weights go; inputs must be moved there too.
         revision: branch, tag or commit of a Hub repository.
         normalization: how depth becomes the input, for sources that do not say it; an export does.
@@ -200,6 +202,8 @@ def _model_config(config: dict) -> ModelConfig:
 
 
 def _export_folder(path: str | Path, revision: str | None) -> Path:
+    if str(path) in SHIPPED:
+        return SHIPPED[str(path)]
     folder = Path(path)
     for candidate in (folder, folder / "transformers"):
         if (candidate / "config.json").is_file():
@@ -250,6 +254,7 @@ def _check_normalization(ours: dict, path: Path):
     if not isinstance(ours, dict) or not isinstance(ours.get("normalization"), dict) or "step" not in ours:
         raise ConfigError(f"{path}: dino_depth lacks the input normalisation or the step; not an export of dino-depth")
     known = {entry.name: entry.type for entry in fields(Normalization)}
+    ours["normalization"].setdefault("formula", 1)  # an export from before there was a second one
     if ours["normalization"].keys() != known.keys():
         raise ConfigError(
             f"{path}: dino_depth.normalization has keys {sorted(ours['normalization'])}, "

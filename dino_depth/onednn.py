@@ -1,10 +1,9 @@
 """float32 matrix products by oneDNN instead of MKL, on processors with AVX-512 that are not Intel's.
 
-torch gives float32 products to MKL. On an AMD EPYC of family 26 (Zen 5; MKL 2024.2) that is half as fast as oneDNN,
-which torch contains as well but uses for other types: 230 against 510 GFLOP/s on two cores for the layers of a ViT-S.
-230 is what AVX2 gives there. Other AMD processors with AVX-512 were not at hand. Neither torch nor MKL has a setting
-for it, so ``mm`` and ``addmm`` get another kernel in this process, by the documented way of overriding one for some
-inputs (``torch.library.get_kernel``). Everything built on them gains: linear layers, their gradients, frozen encoders.
+torch gives float32 products to MKL. On an AMD EPYC that is half as fast as oneDNN, which torch contains as well but
+uses for other types (docs/performance.md). Neither torch nor MKL has a setting for it, so ``mm`` and ``addmm`` get
+another kernel in this process, by the documented way of overriding one for some inputs (``torch.library.get_kernel``).
+Everything built on them gains: linear layers, their gradients, frozen encoders.
 """
 
 from pathlib import Path

@@ -1,5 +1,6 @@
 """Progress with rate, time left and peak memory: a bar on a terminal, plain lines everywhere else."""
 
+import multiprocessing
 import resource
 import sys
 import time
@@ -38,7 +39,8 @@ class Progress:
 
     def __enter__(self):
         console = Console(stderr=True)
-        if console.is_terminal:
+        # Several processes would draw their bars over each other.
+        if console.is_terminal and multiprocessing.parent_process() is None:
             columns = [TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.completed}/{task.total}")]
             columns += [TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}")]
             self.bar = Bar(*columns, console=console, expand=True)

@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -34,12 +33,17 @@ from fsspec import AbstractFileSystem
 from dino_depth.config import suggestion
 from dino_depth.errors import ConfigError, DataError, ReportedError
 
-__all__ = ["RemotePath", "ShardCache", "default_cache", "location", "open_shard"]
+__all__ = ["RemotePath", "ShardCache", "default_cache", "location", "open_shard", "redacted"]
 
 WAITS = (1.0, 4.0, 16.0)  # seconds before each further attempt
 STALL_SECONDS = 60.0  # without a byte from a web server
 POLL_SECONDS = 0.1
 READ_ONLY = ("http", "https")
+CONTAINERS = ("abfs", "abfss")
+# A password may hold any sign that ends neither the text nor the place; the last @ before a slash ends it.
+URL = re.compile(
+    r"""(?P<protocol>\w[\w+.-]*)://(?:(?P<user>[^\s/?#"'<>]*)@)?(?P<place>[^\s?#"'<>]*)(?P<rest>[?#][^\s"'<>]*)?"""
+)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Client errors that a later attempt may not meet: time-outs, conflicting uploads, too many requests.
 PASSING_STATUS = (408, 409, 412, 423, 425, 429)
@@ -141,17 +145,34 @@ def location(text: str) -> Path | RemotePath:
     """Where a path or URL points to.
 
     Raises:
-        ConfigError: the URL holds a password, which would end up in logs.
+        ConfigError: the URL holds a name, a password, a query or a fragment: what is kept there is mostly secret and
+            would end up in logs, run folders and model cards, and the files beside the folder would not be found.
     """
     if "://" not in text:
         return Path(text)
     if text.startswith(("file://", "local://")):
         return Path(fsspec.core.url_to_fs(text)[1])
-    if urlsplit(text).password:
+    if (clean := redacted(text)) != text:
         raise ConfigError(
-            f"{urlsplit(text).hostname}: no password in a URL: keep it in ~/.netrc or the store's own file"
+            f"{clean}: no user name, password, query or fragment in a URL: credentials belong in ~/.netrc, the store's "
+            "own file or environment"
         )
     return RemotePath(text.rstrip("/"))
+
+
+def redacted(text: str) -> str:
+    """The text with what URLs in it carry beside their place, user names, passwords, queries and fragments, as ``***``.
+
+    The container of ``abfs://CONTAINER@ACCOUNT...`` is no user's name and stays.
+    """
+    return URL.sub(_redacted_url, text)
+
+
+def _redacted_url(url: re.Match) -> str:
+    protocol, user, place, rest = url["protocol"], url["user"], url["place"], url["rest"]
+    is_container = protocol.lower() in CONTAINERS and ":" not in (user or "")
+    shown = "" if user is None else f"{user if is_container else '***'}@"
+    return f"{protocol}://{shown}{place}{rest[0] + '***' if rest else ''}"
 
 
 def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
@@ -194,7 +215,9 @@ def _is_permanent(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)
+    # Of what a store signed, an error repeats the signature.
+    text = redacted(" ".join(str(error).split()))
+    return text or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)
 
 
 def default_cache() -> Path:

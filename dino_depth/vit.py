@@ -10,12 +10,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dino_depth.compiled import compiled, vary
+from dino_depth.compiled import compiled, is_compiling, vary
 from dino_depth.config import ModelConfig
 from dino_depth.errors import ConfigError
 from dino_depth.rotary import rotate, rotation
@@ -25,6 +25,20 @@ __all__ = ["DepthTransformer", "packed_attention", "probe_attention", "resize_po
 LENGTH_OF_PRODUCTS = 512  # tokens of a sequence up to which attention on a CPU may hold all its scores
 
 Groups = list[tuple[int, int]]
+Taken = tuple[Tensor, list[Tensor]]  # rows of the pack that take a branch, and of each group the sequences they are of
+
+
+class Float32PatchEmbed(PatchEmbed):
+    """Patches to tokens in float32, whatever autocast or the GPU's default for convolutions (TF32) would round to.
+
+    Depth is the one input whose last bits are signal: in bfloat16 a height of .1 m comes in steps of half a
+    millimetre, and no later layer brings back what was rounded here. It is a hundredth of the work.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 1, height, width) of any type to (batch, rows, columns, dim) float32, or float64 as given."""
+        with torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
 class DepthTransformer(VisionTransformer):
@@ -67,6 +81,7 @@ class DepthTransformer(VisionTransformer):
             dynamic_img_size=True,
             pos_embed="learn" if config.positions == "learned" else "none",
             reg_tokens=config.registers,
+            embed_layer=Float32PatchEmbed,
             no_embed_class=config.registers > 0,
         )
         self.config = config
@@ -124,19 +139,25 @@ class DepthTransformer(VisionTransformer):
         groups = [(part.shape[0], part.shape[1]) for part in tokens]
         packed = torch.cat([part.flatten(0, 1) for part in tokens])  # (tokens, dim)
         rotations = None if self.config.positions == "learned" else [self._rotation(images) for images in crops]
+        rows = None if kept is None else _rows(groups, kept)
+        ends = _ends(groups, packed.device) if self.config.attention == "varlen" else None
         run = _recomputed if self.config.checkpoint_activations else _run
+        # What is computed again needs its input, and a compiled unit is given none to change.
+        in_place = not self.config.checkpoint_activations and not is_compiling()
         for place, block in enumerate(self.blocks):
-            attention, mlp = (None, None) if kept is None else kept[2 * place : 2 * place + 2]
-            packed = run(_attention_residual, block, packed, groups, attention, scale, rotations, self.config)
+            attention, mlp = (None, None) if rows is None else rows[2 * place : 2 * place + 2]
+            packed = run(
+                _attention_residual, block, packed, groups, attention, scale, rotations, ends, self.config, in_place
+            )
             if needed is not None and block is self.blocks[-1]:
                 break
-            packed = run(_mlp_residual, block, packed, groups, mlp, scale)
+            packed = run(_mlp_residual, block, packed, groups, mlp, scale, in_place)
         if needed is None:
             parts = self.norm(packed).split([count * length for count, length in groups])
             return [part.view(*group, -1) for part, group in zip(parts, groups, strict=True)]
         taken = torch.ones(len(packed), 1, device=packed.device)
         if mlp is not None:
-            taken = torch.zeros_like(taken).index_fill_(0, _rows(groups, mlp), scale)
+            taken = torch.zeros_like(taken).index_fill_(0, mlp[0], scale)
         packed, taken = packed.index_select(0, needed), taken.index_select(0, needed)
         vary(packed, taken)
         return self.norm(_mlp_of_rows(block, packed, taken))
@@ -152,13 +173,14 @@ def _attend(
     groups: Groups,
     scale: float,
     rotations: list[Tensor] | None,
+    ends: list[Tensor] | None,
     config: ModelConfig,
 ) -> Tensor:
     shape = (len(tokens), 3, config.heads, config.dim // config.heads)
     query, key, value = block.attn.qkv(block.norm1(tokens)).view(shape).unbind(1)
     if rotations is not None:
         query, key = (rotate(part, groups, rotations) for part in (query, key))
-    attended = packed_attention(query, key, value, groups, config.attention).flatten(1)
+    attended = packed_attention(query, key, value, groups, config.attention, ends).flatten(1)
     return _scaled_linear(attended, block.attn.proj, block.ls1.gamma * scale)
 
 
@@ -187,17 +209,21 @@ def _attention_residual(
     block: nn.Module,
     tokens: Tensor,
     groups: Groups,
-    kept: list[Tensor] | None,
+    kept: Taken | None,
     scale: float,
     rotations: list[Tensor] | None,
+    ends: list[Tensor] | None,
     config: ModelConfig,
+    in_place: bool,
 ) -> Tensor:
-    return _residual(lambda x, g: _attend(block, x, g, scale, rotations, config), tokens, groups, kept)
+    return _residual(lambda x, g: _attend(block, x, g, scale, rotations, ends, config), tokens, groups, kept, in_place)
 
 
 @compiled
-def _mlp_residual(block: nn.Module, tokens: Tensor, groups: Groups, kept: list[Tensor] | None, scale: float) -> Tensor:
-    return _residual(lambda x, _: _mlp(block, x, scale), tokens, groups, kept)
+def _mlp_residual(
+    block: nn.Module, tokens: Tensor, groups: Groups, kept: Taken | None, scale: float, in_place: bool
+) -> Tensor:
+    return _residual(lambda x, _: _mlp(block, x, scale), tokens, groups, kept, in_place)
 
 
 @compiled
@@ -206,26 +232,78 @@ def _mlp_of_rows(block: nn.Module, tokens: Tensor, taken: Tensor) -> Tensor:
     return tokens + _mlp(block, tokens) * taken
 
 
-def _residual(branch, tokens: Tensor, groups: Groups, kept: list[Tensor] | None) -> Tensor:
-    """``tokens + branch(tokens)``, the branch computed for the ``kept`` sequences of each group alone."""
+def _residual(branch, tokens: Tensor, groups: Groups, kept: Taken | None, in_place: bool = False) -> Tensor:
+    """``tokens + branch(tokens)``, the branch computed for the ``kept`` sequences of each group alone.
+
+    Args:
+        in_place: whether ``tokens`` may be overwritten: nothing computes from them again.
+    """
     if kept is None:
-        return tokens + branch(tokens, groups)
-    rows = _rows(groups, kept)
-    kept_groups = [(len(chosen), length) for chosen, (_, length) in zip(kept, groups, strict=True)]
-    update = branch(tokens.index_select(0, rows), kept_groups)
-    return tokens.index_add(0, rows, update.to(tokens.dtype))
+        update = branch(tokens, groups)
+        # The branch's norm keeps what it saw for its gradient.
+        return tokens.add_(update) if in_place and not torch.is_grad_enabled() else tokens + update
+    rows, chosen = kept
+    kept_groups = [(len(part), length) for part, (_, length) in zip(chosen, groups, strict=True)]
+    if not in_place:
+        update = branch(tokens.index_select(0, rows), kept_groups)
+        return tokens.index_add(0, rows, update.to(tokens.dtype))
+    taken, tokens = _TakenRows.apply(tokens, rows)
+    return tokens.index_add_(0, rows, branch(taken, kept_groups).to(tokens.dtype))
 
 
-def _rows(groups: Groups, kept: list[Tensor]) -> Tensor:
-    """(rows,) of the pack that belong to the ``kept`` sequences of each group."""
-    rows, start = [], 0
-    for chosen, (count, length) in zip(kept, groups, strict=True):
-        rows.append((start + chosen[:, None] * length + torch.arange(length, device=chosen.device)).flatten())
+class _TakenRows(torch.autograd.Function):
+    """``tokens`` and ``rows`` of them, whose gradient is added in place to the one that passes by.
+
+    That one comes from what was added to ``tokens`` later, and nobody else has it. torch would fill zeros, add the
+    rows' gradient to them and both together: four passes over all tokens.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        ctx.mark_dirty(tokens)
+        return tokens.index_select(0, rows), tokens
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_rows: Tensor, of_tokens: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return of_tokens.index_add_(0, rows, of_rows), None
+
+
+def _rows(groups: Groups, kept: list[list[Tensor]]) -> list[Taken]:
+    """For each branch, (rows,) of the pack that belong to its ``kept`` sequences of each group, and these.
+
+    All branches together: a few kernels, where each branch by itself would launch a dozen.
+    """
+    sets, start = [], 0
+    for place, (count, length) in enumerate(groups):
+        chosen = [branch[place] for branch in kept]
+        first = start + length * torch.cat(chosen)  # of every kept sequence
+        rows = first[:, None] + torch.arange(length, device=first.device)
+        sets.append(rows.split([len(part) for part in chosen]))
         start += count * length
-    return torch.cat(rows)
+    found = [torch.cat([part.flatten() for part in parts]) for parts in zip(*sets, strict=True)]
+    vary(*found)
+    return list(zip(found, kept, strict=True))
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, backend: str = "grouped") -> Tensor:
+def _ends(groups: Groups, device: torch.device) -> list[Tensor]:
+    """For each group, (sequences + 1,) int32 tokens after none, one, two ... of its sequences.
+
+    Counted on the device: a copy from the host would wait for everything before it.
+    """
+    return [length * torch.arange(count + 1, dtype=torch.int32, device=device) for count, length in groups]
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: Groups,
+    backend: str = "grouped",
+    ends: list[Tensor] | None = None,
+) -> Tensor:
     """Softmax attention within each sequence of a pack.
 
     Args:
@@ -233,36 +311,36 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, 
         groups: (sequences, length) in the order in which they lie in the pack.
         backend: ``grouped`` calls scaled_dot_product_attention once per group and runs everywhere;
             ``varlen`` (torch.nn.attention.varlen) and ``xformers`` make one call, on CUDA in half precision.
+        ends: for ``varlen``, of each group, of so many sequences or more, :func:`_ends`, if they are there already.
 
     Returns:
         (tokens, heads, head_dim).
     """
     if backend == "grouped":
-        # On CPUs the bfloat16 kernel's backward pass takes up to five times as long as the float32 one's, and that one
-        # three times as long as separate products of bfloat16, whose memory is the square of the length.
-        on_cpu, parts, start = query.device.type == "cpu", [], 0
+        # On CPUs the bfloat16 kernel's backward pass is the slowest, and separate products of bfloat16 are the fastest,
+        # but their memory is the square of the length; docs/performance.md.
+        on_cpu, results, sizes = query.device.type == "cpu", [], [count * length for count, length in groups]
         with torch.autocast(query.device.type, enabled=False):
-            for count, length in groups:
-                rows = slice(start, start + count * length)
+            for (count, length), *parts in zip(
+                groups, *(part.split(sizes) for part in (query, key, value)), strict=True
+            ):
                 shape = (count, length, *query.shape[1:])
                 products = on_cpu and query.dtype == torch.bfloat16 and length <= LENGTH_OF_PRODUCTS
                 dtype = torch.float32 if on_cpu and not products else query.dtype
                 # (sequences, heads, length, head_dim)
-                q, k, v = (part[rows].view(shape).transpose(1, 2).to(dtype) for part in (query, key, value))
+                q, k, v = (part.view(shape).transpose(1, 2).to(dtype) for part in parts)
                 attention = _attention_by_products if products else F.scaled_dot_product_attention
-                parts.append(attention(q, k, v).transpose(1, 2).flatten(0, 1).to(query.dtype))
-                start = rows.stop
-        return torch.cat(parts)
+                results.append(attention(q, k, v).transpose(1, 2).flatten(0, 1).to(query.dtype))
+        return torch.cat(results)
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        # Counted on the device: a copy from the host would wait for everything before it.
-        ends, start = [torch.zeros(1, dtype=torch.int64, device=query.device)], 0
-        for count, length in groups:
-            ends.append(start + length * torch.arange(1, count + 1, device=query.device))
+        ends, start, borders = ends or _ends(groups, query.device), 0, []
+        for (count, length), part in zip(groups, ends, strict=True):
+            borders.append(start + part[bool(borders) : count + 1])
             start += count * length
-        ends, longest = torch.cat(ends).int(), max(length for _, length in groups)
-        return varlen_attn(query, key, value, ends, ends, longest, longest)
+        borders, longest = torch.cat(borders), max(length for _, length in groups)
+        return varlen_attn(query, key, value, borders, borders, longest, longest)
     if backend == "xformers":
         from xformers.ops import fmha
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from dino_depth.config import ModelConfig
 from dino_depth.rotary import BASE
 
-__all__ = ["from_dinov3", "from_transformers", "model_type", "to_timm", "to_transformers"]
+__all__ = ["from_dinov3", "from_timm", "from_transformers", "model_type", "to_timm", "to_transformers"]
 
 Weights = dict[str, Tensor]
 QKV = ("query", "key", "value")
@@ -82,6 +82,44 @@ def to_timm(weights: Weights, sizes: ModelConfig) -> Weights:
     if sizes.positions == "rotary":
         weights = {re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name): tensor for name, tensor in weights.items()}
     return weights
+
+
+def from_timm(tensors: Weights, heads: int) -> tuple[ModelConfig, Weights]:
+    """Sizes and weights of a model of timm: the inverse of :func:`to_timm`, for any number of input channels.
+
+    Also what that does not write: blocks without layer scale or without biases of query, key and value; a position for
+    the class token beside registers.
+
+    Args:
+        heads: attention heads, which no weight's shape tells.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another architecture; the message names it.
+    """
+    weights = {re.sub(r"\.gamma_(\d)$", r".ls\1.gamma", name): tensor for name, tensor in tensors.items()}
+    for name in ("cls_token", "patch_embed.proj.weight"):
+        if name not in weights:
+            raise ValueError(f"no {name}: not a Vision Transformer with a class token")
+    kernel, tokens, position = (weights.get(name) for name in ("patch_embed.proj.weight", "reg_token", "pos_embed"))
+    sizes = ModelConfig(
+        patch_size=kernel.shape[-1],
+        dim=len(kernel),
+        depth=max((int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))), default=-1) + 1,
+        heads=heads,
+        registers=0 if tokens is None else tokens.shape[1],
+        positions="rotary" if position is None else "learned",
+    )
+    for index in range(sizes.depth):
+        block = f"blocks.{index}"
+        query, value = (weights.pop(f"{block}.attn.{part}_bias", kernel.new_zeros(sizes.dim)) for part in "qv")
+        weights.setdefault(f"{block}.attn.qkv.bias", torch.cat([query, torch.zeros_like(query), value]))
+        for scale in ("ls1", "ls2"):
+            weights.setdefault(f"{block}.{scale}.gamma", kernel.new_ones(sizes.dim))
+    if sizes.registers and position is not None and round(position.shape[1] ** 0.5) ** 2 != position.shape[1]:
+        weights["cls_token"] = weights["cls_token"] + position[:, :1]
+        weights["pos_embed"] = position[:, 1:]
+    _require_same(weights.keys(), _transformers_names(sizes).keys() - {"mask_token"})
+    return sizes, weights
 
 
 def from_dinov3(tensors: Weights) -> tuple[ModelConfig, Weights]:

@@ -20,7 +20,7 @@ from data_prep.shards import PrepareConfig
 from dino_depth.anomaly.config import EvaluateConfig
 from dino_depth.config import PretrainConfig, parse
 from dino_depth.errors import ConfigError, ReportedError
-from dino_depth.pretrain.export import ExportConfig
+from dino_depth.publish.export import ExportConfig
 from dino_depth.slurm import jobs
 from dino_depth.slurm.jobs import SubmitConfig
 from dino_depth.slurm.submission import absolute, logs_beside, noted, wait

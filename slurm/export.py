@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dino_depth.config import parse
 from dino_depth.errors import ConfigError
-from dino_depth.pretrain.export import ExportConfig, export
+from dino_depth.publish.export import ExportConfig, export
 from dino_depth.slurm import jobs
 from dino_depth.slurm.jobs import Resumable, SubmitConfig
 from dino_depth.slurm.submission import absolute, announce, logs_beside, note, refuse_second, wait

@@ -26,7 +26,6 @@ __all__ = ["Resumable", "SubmitConfig", "cancel", "minutes", "outcome", "queued"
 
 # A job that has reached its time limit this often makes no progress in it.
 MOST_TIMEOUTS = 20
-SIGNAL_SECONDS = 60
 OURS = {"array", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "ntasks-per-node", "open-mode",
         "output", "requeue", "signal"}  # fmt: skip
 
@@ -44,6 +43,8 @@ class SubmitConfig:
         gpus_per_task: GPUs of each job of an array.
         time: limit of each, as Slurm writes it: minutes, h:mm:ss or d-hh:mm:ss. A job that reaches it is requeued and
             goes on.
+        warning: seconds before that limit at which a job is told: a step, and a checkpoint or what a task has begun,
+            must fit into it.
         partition: where to run; empty: the cluster's default.
         account: whom to charge; empty: the cluster's default.
         constraint: features that a node must have.
@@ -61,6 +62,7 @@ class SubmitConfig:
     cpus_per_task: int = 0
     gpus_per_task: int = 0
     time: str = "1:00:00"
+    warning: int = 60
     partition: str = ""
     account: str = ""
     constraint: str = ""
@@ -110,7 +112,7 @@ def require_slurm(config: SubmitConfig):
         ConfigError: a value is out of range, or ``sbatch`` sets what is set here.
         ReportedError: Slurm's commands are missing or their controller does not answer.
     """
-    counts = {"tasks": 1, "nodes": 1, "gpus_per_node": 0, "cpus_per_task": 0, "gpus_per_task": 0}
+    counts = {"tasks": 1, "nodes": 1, "gpus_per_node": 0, "cpus_per_task": 0, "gpus_per_task": 0, "warning": 1}
     for key, least in counts.items():
         if getattr(config, key) < least:
             raise ConfigError(f"{key} must be {least} or more, got {getattr(config, key)}")
@@ -174,7 +176,7 @@ def submit(
     optional |= {"nodes": 1, "ntasks_per_node": 1} | parameters
     additional = {**config.sbatch, "requeue": True, "kill_on_invalid_dep": "yes"}
     executor.update_parameters(
-        job_name=name, cpus_per_task=cores, time=minutes(config.time), srun_args=step, signal_delay_s=SIGNAL_SECONDS,
+        job_name=name, cpus_per_task=cores, time=minutes(config.time), srun_args=step, signal_delay_s=config.warning,
         array_parallelism=len(calls), additional_parameters=additional, **optional,
     )  # fmt: skip
     # clean_env forgets where this Slurm's configuration is, too.

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_prep.output import PROGRESS, exclusive, shared, verify_finished, writing
-from data_prep.shard_writer import finished_row
+from data_prep.shard_writer import finished_rows
 from data_prep.shards import Plan, PrepareConfig, begin, finish, plan, prepare, write_share
 from dino_depth.config import parse
 from dino_depth.errors import ConfigError
@@ -55,7 +55,7 @@ def submit(config: SubmitConfig, arguments: list[str]) -> str:
         last = _submit(config, planned, shares, logs)
     if config.wait:
         rows = planned.out / PROGRESS
-        wait(last, logs, "prep", len(planned.tasks), "shards", lambda: len(list(rows.glob("*.tar.json"))))
+        wait(last, logs, "prep", len(planned.tasks), "shards", lambda: len(list(rows.rglob("*.tar.json"))))
         print(f"{planned.destination} is finished")
     return last
 
@@ -79,7 +79,8 @@ def deal(planned: Plan, tasks: int) -> list[Resumable]:
     """The shards that are not yet written, dealt to at most ``tasks`` calls."""
     if written := sum(task.row_path.exists() for task in planned.tasks):
         print(f"checking {written} shards that were written before", flush=True)
-    missing = [task for task in planned.tasks if finished_row(task) is None]
+    rows = finished_rows(planned.tasks)
+    missing = [task for task in planned.tasks if rows[task.file] is None]
     shares = [missing[first::tasks] for first in range(min(tasks, len(missing)))]
     # Without the listings, which only the manifest needs: they would travel with every task.
     return [Resumable(write_share, (replace(planned, listings=[], tasks=share), share)) for share in shares]

@@ -123,12 +123,13 @@ def _everywhere(config: PretrainConfig, gpus: int) -> PretrainConfig:
     device = ("cuda" if gpus else "cpu") if config.train.device == "auto" else config.train.device
     shards = config.data.shards if isinstance(config.data.shards, list) else [config.data.shards]
     found = [each if isinstance(location(each), RemotePath) else absolute(each) for each in shards]
-    begun = config.init_from
+    begun, second = config.init_from, config.distill.teacher
     return replace(
         config,
         out=absolute(config.out),
         resume=True,
         init_from=absolute(begun) if begun and Path(begun).exists() else begun,
+        distill=replace(config.distill, teacher=absolute(second) if second and Path(second).exists() else second),
         data=replace(config.data, shards=found, cache=absolute(config.data.cache)),
         train=replace(config.train, device=device),
     )

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from dino_depth.anomaly.features import SampleFeatures
 from dino_depth.anomaly.figures import write_figures
 from dino_depth.anomaly.foreground import cell_share
 from dino_depth.anomaly.geometry import back_project
+from dino_depth.anomaly.views import Views
 from dino_depth.anomaly.volume import VoxelConfig, accumulate
 from dino_depth.depth import DepthMap
 
@@ -79,16 +81,17 @@ def write_instance(run: Path, category: str, sample: Sample, seeds: list[int], c
     def pair_maps(target):
         return {name: part[target] for name, part in pairs.items()}
 
+    seen = Views(sample, SimpleNamespace(get=lambda *_: features))
     write_figures(
-        run / "figures" / category / f"{sample.name}.npz", sample, features, truth=replace(grid_, index=truth),
-        detail=detail, pair_maps=pair_maps if detail else None,
+        run / "figures" / category / f"{sample.name}.npz", seen,
+        truth=replace(grid_, index=truth), detail=detail, pair_maps=pair_maps if detail else None,
     )  # fmt: skip
     return rows
 
 
 def make_run(run: Path, categories=("plate", LONG), seeds=(0, 1), views=3, cells=10, mm=6.0, good=2, bad=4, **shape):
     """A finished run folder in the schema of ``evaluate``."""
-    cells_ = []
+    trials = []
     for place, category in enumerate(categories):
         by_seed = {seed: [] for seed in seeds}
         for number in range(good + bad):
@@ -103,7 +106,7 @@ def make_run(run: Path, categories=("plate", LONG), seeds=(0, 1), views=3, cells
                 "V-AUPRO@1%": 0.61,
                 "coverage": 0.97,
             }
-            cells_.append(
+            trials.append(
                 {
                     "category": category, "seed": seed, "metrics": values,
                     "intervals": {"I-AUROC": [0.7, 0.9 + 0.02 * seed]},
@@ -126,7 +129,7 @@ def make_run(run: Path, categories=("plate", LONG), seeds=(0, 1), views=3, cells
     results = {
         "benchmark": "sim3d", "setup": "real2real", "synthetic": False, "head": "modmap", "seeds": list(seeds),
         "config": {"encoder": {"image": "timm:vit", "depth": "exports/<depth>"}, "metrics": {"level": 0.9}},
-        "categories": list(categories), "metrics": METRICS, "cells": cells_, "published": published, "complete": True,
+        "categories": list(categories), "metrics": METRICS, "trials": trials, "published": published, "complete": True,
         "mean": {"I-AUROC": {"value": 0.835, "low": 0.8, "high": 0.87},
                  "coverage": {"value": 0.97}},
     }  # fmt: skip

@@ -9,12 +9,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it, and for 
 import numpy as np
 import pytest
 import torch
+from expected_skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401  hooks
+from hypothesis import settings
 
 from data_prep.folder import FolderOptions
+from data_prep.manifest import digest_file, digest_json
 from data_prep.shards import PrepareConfig, prepare
 from dino_depth.config import PretrainConfig, parse
 
 torch.set_num_threads(1)
+# A busy machine is no fault of what is tested.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +57,17 @@ def shards(tmp_path_factory) -> Path:
     options = FolderOptions(unit="m", split="")
     prepare(PrepareConfig("folder", str(root / "raw"), str(root / "shards"), 1, samples_per_shard=25, folder=options))
     return root / "shards"
+
+
+def write_manifest(folder: Path, samples: int, sources: dict[str, dict]):
+    """The manifest of a shard folder of one tar, as an older version of prep left it: there is no index."""
+    (path,) = folder.glob("*.tar")
+    row = {"file": path.name, "sha256": digest_file(path), "bytes": path.stat().st_size, "samples": samples}
+    stated = {"reader": "folder", "licence": "none", "synthetic": False, "files_listed": {}, "maps": samples}
+    sources = {name: {**stated, "dropped": [], **source} for name, source in sources.items()}
+    manifest = {"format": "dino-depth shards", "version": 2, "sources": sources, "config": {}, "versions": {}}
+    manifest |= {"config_hash": digest_json({}), "total": samples, "counts": {}, "shards": [row]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture

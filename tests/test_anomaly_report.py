@@ -18,7 +18,7 @@ from scipy import ndimage
 from test_report import Checker
 
 from data_prep.synthetic import SynthConfig, synth
-from dino_depth.anomaly.baselines import LEAK, PERFECT
+from dino_depth.anomaly.baselines import LEAK, PERFECT, TEMPLATE
 from dino_depth.anomaly.config import EvaluateConfig
 from dino_depth.anomaly.dataset import Sample, Truth, View
 from dino_depth.anomaly.evaluate import evaluate
@@ -69,14 +69,21 @@ def test_tables_say_what_the_results_say(finished):
     assert "Unfinished" not in text and "Synthetic data" not in text
 
 
+def test_results_of_before_trials_had_their_name_are_read(finished, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "ladder")
+    edit(run, lambda results: results.update(cells=results.pop("trials")))
+    report(ReportConfig(str(run)))
+    assert (run / "report.html").read_text() == finished[2]
+
+
 def test_what_is_no_baseline_is_not_called_trivial():
-    assert set(CONTROLS) == {PERFECT, LEAK}
+    assert set(CONTROLS) == {PERFECT, LEAK, TEMPLATE}
 
 
 def test_an_unfinished_run_says_so(finished, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "run")
     results = json.loads((run / "results.json").read_text())
-    results |= {"complete": False, "cells": results["cells"][:1], "synthetic": True}
+    results |= {"complete": False, "trials": results["trials"][:1], "synthetic": True}
     (run / "results.json").write_text(json.dumps(results))
     report(ReportConfig(str(run), str(tmp_path / "page.html")))
     text = Checker((tmp_path / "page.html").read_text()).text
@@ -110,10 +117,10 @@ def test_page_needs_nothing_else_and_is_reproducible(finished, tmp_path):
 def test_instances_are_the_extremes_and_the_median(finished):
     _, results, page = finished
     for category in results["categories"]:
-        (cell,) = (cell for cell in results["cells"] if cell["category"] == category and cell["seed"] == 0)
-        scores = sorted((row["score"], row["name"]) for row in cell["instances"] if row["label"] == "anomalous")
+        (trial,) = (trial for trial in results["trials"] if trial["category"] == category and trial["seed"] == 0)
+        scores = sorted((row["score"], row["name"]) for row in trial["instances"] if row["label"] == "anomalous")
         expected = [scores[3][1], scores[1][1], scores[0][1]]  # of 4: highest, upper median, lowest
-        best = max((row["score"], row["name"]) for row in cell["instances"] if row["label"] == "good")
+        best = max((row["score"], row["name"]) for row in trial["instances"] if row["label"] == "good")
         assert set(expected + [best[1]]) <= set(re.findall(r"<header><b>(\w+)</b>", page))
     assert page.count("<article") == 8
 
@@ -309,12 +316,12 @@ def other_results(run):
     (run / "results.json").write_text('{"benchmark": "sim3d"}')
 
 
-def without_cells(run):
-    edit(run, lambda results: results["cells"].clear())
+def without_trials(run):
+    edit(run, lambda results: results["trials"].clear())
 
 
 def without_instances(run):
-    edit(run, lambda results: results["cells"][0].pop("instances"))
+    edit(run, lambda results: results["trials"][0].pop("instances"))
 
 
 def without_prediction(run):
@@ -336,7 +343,7 @@ def broken_figures(run):
         (without_results, r"results.json: no such file; `dino-depth evaluate` writes it"),
         (broken_results, r"results.json: unreadable"),
         (other_results, r"results.json: key setup is missing"),
-        (without_cells, r"results.json: no class has been evaluated yet"),
+        (without_trials, r"results.json: no class has been evaluated yet"),
         (without_instances, r"results.json: not as evaluate writes it: KeyError 'instances'"),
         (without_prediction, r"seed0/00_good.npz: the file is missing"),
         (broken_prediction, r"seed0/00_good.npz: unreadable"),

@@ -179,9 +179,9 @@ def test_cubes_are_drawn_where_they_are_and_hide_what_is_behind(tmp_path, finish
     arrays["index"] = np.array([[0, 0, 0], [0, 1, 0], [0, 3, 0], [3, 0, 0]], np.int32)
     arrays["score"], arrays["truth_index"] = np.array([0.0, -1, 1, 0.5]), np.array([[0, 3, 0]], np.int32)
     np.savez(path, **arrays)
-    edit(run, lambda results: [results["categories"].pop(), results["cells"][0].update(
-        instances=[row for row in results["cells"][0]["instances"] if row["name"] == "02_bad"]),
-        results.update(cells=results["cells"][:1])])  # fmt: skip
+    edit(run, lambda results: [results["categories"].pop(), results["trials"][0].update(
+        instances=[row for row in results["trials"][0]["instances"] if row["name"] == "02_bad"]),
+        results.update(trials=results["trials"][:1])])  # fmt: skip
     report(ReportConfig(str(run)))
 
     async def visit(shown: Page):

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from data_prep.synthetic import SynthConfig, synth
-from data_prep.synthetic.layouts.sim3d import Sim3dOptions
+from data_prep.synthetic.plan import Sim3dOptions
 from dino_depth.anomaly.baselines import trivial_scores
 from dino_depth.anomaly.benchmarks import BenchmarkConfig, open_benchmark
 from dino_depth.anomaly.features import FeatureStore
 from dino_depth.anomaly.foreground import ForegroundConfig, foreground
-from dino_depth.anomaly.heads import patchcore
+from dino_depth.anomaly.heads import Context, patchcore
 from dino_depth.anomaly.metrics import auroc
 from dino_depth.anomaly.scoring import HEAD, MetricsConfig, judge_volume, measure
 from dino_depth.anomaly.volume import VoxelConfig
@@ -61,15 +61,15 @@ def judge_object(benchmark, category: str) -> Found:
     store, device = FeatureStore(*encoders, SIZE), torch.device("cpu")
     [training] = [store.get(sample) for sample in benchmark.samples(category, "train")]
     spreads = {name: spread(training, name) for name in ("image", "depth")}
-    head = patchcore.fit([training], patchcore.PatchCoreConfig("image", share=1.0), 0, device)
+    head = patchcore.fit([training], patchcore.Config("image", share=1.0), Context(0, device))
     rows, trivial, labels = {"template": [], "PatchCore": []}, [], []
     for sample in benchmark.samples(category, "test"):
         features, depths = store.get(sample), [view.read_depth() for view in sample.views]
         foregrounds = [foreground(depth, ForegroundConfig()) for depth in depths]
         maps = {"template": differences(training, features, spreads), "PatchCore": patchcore.score(head, features)}
         for name, found in maps.items():
-            parts = sample, found, depths, foregrounds, sample.read_truth(), VoxelConfig(), METRICS, 0
-            rows[name].append(judge_volume(*parts).rows)
+            parts = sample, {0: found}, depths, foregrounds, sample.read_truth(), VoxelConfig(), METRICS
+            rows[name].append(judge_volume(*parts)[0].rows)
         trivial.append(trivial_scores(sample, foregrounds))
         labels.append(int(sample.label == "anomalous"))
     judged = {name: [row[HEAD] for row in found] for name, found in rows.items()}

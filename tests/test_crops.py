@@ -7,7 +7,7 @@ import torch
 
 from dino_depth.config import CropConfig
 from dino_depth.errors import ConfigError
-from dino_depth.pretrain.crops import check_crops, crops_of_step, draw_crops, multi_crop
+from dino_depth.pretrain.crops import check_crops, crops_of_step, draw_crops, multi_crop, partners
 from dino_depth.resample import Pyramid, fit_square, resample
 
 GENERATOR = np.random.default_rng(0)
@@ -346,3 +346,25 @@ def test_fit_square_centres_the_map_in_missing_pixels(height, width):
     inner = square[top : top + height, left : left + width]
     assert torch.allclose(inner, values, atol=1e-5)
     assert square.sum().item() == pytest.approx(inner.sum().item())
+
+
+def test_partners_see_the_same_place():
+    """A map that holds its own coordinates: the middle of a patch has them, and its partner has them inside."""
+    config, grid, side = CropConfig(global_size=98, global_scale=(0.2, 0.6), local_crops=1), 7, 120
+    valid = np.ones((side, side), bool)
+    found = 0
+    for position in range(6):
+        affines = draw_crops(valid, config, 3, position)
+        ours = partners(affines, grid)
+        assert ours.shape == (2, grid * grid)
+        for crop in range(2):
+            own, other = affines[crop], affines[1 - crop]
+            inverse = np.linalg.inv(np.vstack([other, [0, 0, 1]]))
+            for patch in range(grid * grid):
+                row, column = divmod(patch, grid)
+                u, v, _ = inverse @ [*(own @ [(column + 0.5) / grid, (row + 0.5) / grid, 1]), 1]
+                inside = 0 <= u < 1 and 0 <= v < 1
+                assert ours[crop, patch] == (int(v * grid) * grid + int(u * grid) if inside else -1)
+                found += inside
+    assert 100 < found < 500
+    assert np.array_equal(partners(affines[[0, 0]], grid), [np.arange(49)] * 2)

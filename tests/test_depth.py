@@ -14,6 +14,8 @@ from PIL import Image
 from dino_depth.depth import (
     DepthMap,
     Normalization,
+    code_depth,
+    coding_step,
     decode,
     decode_png,
     encode,
@@ -54,6 +56,37 @@ def test_round_trip_is_within_half_a_code(values, kind):
     half_code = (far - near) / 65534 / 2
     rounding = np.spacing(np.float32(far))
     assert np.abs(back.depth.astype(np.float64) - depth_map.depth)[back.valid].max() <= half_code * 1.0001 + rounding
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, 7)])
+@pytest.mark.parametrize("spread", [1e-6, 0.1, 10.0, 1e4, 1e12])
+def test_inverse_codes_are_within_half_a_step_and_finer_near_by(shape, spread):
+    values = 0.4 * (1 + spread) ** np.random.default_rng(0).random(shape)
+    values.flat[0] = 0 if values.size > 1 else values.flat[0]
+    depth_map = DepthMap.from_values(values)
+    depth = depth_map.depth.astype(np.float64)
+    png, near, far = encode_png(depth_map, "inverse")
+    back = decode_png(png, near, far, coding="inverse")
+    assert np.array_equal(back.valid, depth_map.valid)
+    inverse = np.abs(1 / back.depth[back.valid].astype(np.float64) - 1 / depth[back.valid])
+    rounding = 2 * np.finfo(np.float32).eps / depth[back.valid]
+    assert (inverse <= (1 / near - 1 / far) / 65534 / 2 * 1.0001 + rounding).all()
+    # The codes of the slow rule, in float64.
+    place = (1 / near - 1 / np.where(back.valid, depth, near)) / ((1 / near - 1 / far) / 65534 or 1.0)
+    assert np.array_equal(read_codes(png), np.where(back.valid, np.rint(place) + 1, 0))
+    if far < 1.5 * near:
+        return
+    if spread >= 10:
+        assert coding_step(near, near, far, "inverse") < coding_step(near, near, far) / 5
+    measured = np.diff(code_depth(np.array([30000, 30001]), near, far, "inverse"))[0]
+    middle = float(code_depth(30000, near, far, "inverse"))
+    assert measured == pytest.approx(coding_step(middle, near, far, "inverse"), rel=2e-3, abs=1e-12)
+    assert np.diff(code_depth(np.array([7, 8]), near, far))[0] == pytest.approx(coding_step(1.0, near, far), rel=1e-6)
+
+
+def test_an_unknown_coding_is_refused():
+    with pytest.raises(DataError, match="coding must be one of linear, inverse, got 'cubic'"):
+        decode(np.ones((2, 2), np.uint16), 1.0, 2.0, coding="cubic")
 
 
 def test_codes_are_those_of_the_format():
@@ -227,7 +260,7 @@ def test_plane_is_removed_at_a_metric_scale(noise, within):
     value = normalize(scene(noise=noise), Normalization("plane", scale=0.03))
     assert np.median(np.abs(value[45:, :])) < within / 0.03
     # The box stands 0.03 m above the plane.
-    assert np.median(value[20:40, 25:50]) == pytest.approx(1, abs=within / 0.03)
+    assert np.median(value[20:40, 25:50]) == pytest.approx(2 * math.asinh(1 / 2), abs=within / 0.03)
 
 
 def test_relative_maps_do_not_depend_on_their_unit():
@@ -245,15 +278,131 @@ def test_without_a_supporting_plane_the_median_depth_is_the_reference():
     depth_map = DepthMap.from_values(ball)
     assert fit_plane(depth_map)[1] < 0.2
     expected = (np.median(depth_map.depth[depth_map.valid]) - depth_map.depth) / 0.05
-    assert np.allclose(
-        normalize(depth_map, Normalization("plane"))[depth_map.valid], expected[depth_map.valid], atol=1e-4
+    for formula, curve in ((1, expected), (2, 2 * np.arcsinh(expected / 2))):
+        value = normalize(depth_map, Normalization("plane", formula=formula))
+        assert np.allclose(value[depth_map.valid], curve[depth_map.valid], atol=1e-4)
+
+
+def plane_by_hand(depth_map, formula, start=0.2, scale=0.05):
+    """Both formulas of ``plane``, pixel by pixel in float64."""
+    (a, b, c), support = fit_plane(depth_map)
+    median = float(np.median(depth_map.depth[depth_map.valid]))
+    metric, longer = depth_map.kind == "metric", max(depth_map.depth.shape)
+    unit = scale if metric else 0.1 * median
+    share = min(max((support - start) / start, 0), 1) if formula == 2 else float(support >= start)
+    value = np.zeros(depth_map.depth.shape)
+    for row, column in np.argwhere(depth_map.valid):
+        on_plane = float(a) * column / longer + float(b) * row / longer + float(c)
+        if formula == 2:
+            limits = (median / 4, median * 4)
+            if metric:
+                on_plane = 1 / on_plane if on_plane > 1 / limits[1] else limits[1]
+            on_plane = min(max(on_plane, limits[0]), limits[1])
+        elif metric:
+            on_plane = 1 / max(on_plane, 1 / (10 * float(depth_map.depth.max())))
+        height = (share * on_plane + (1 - share) * median - float(depth_map.depth[row, column])) / unit
+        value[row, column] = 2 * math.asinh(height / 2) if formula == 2 else height
+    return value
+
+
+def steep(sign=1) -> DepthMap:
+    """A floor that meets its horizon inside the picture; above it, a wall at 3 m."""
+    rows = np.mgrid[0:60, 0:60][0][::sign] / 60
+    inverse = 2.6 * rows - 0.6
+    return DepthMap.from_values(np.where(inverse > 0.5, 1 / np.maximum(inverse, 0.5), 3.0))
+
+
+@pytest.mark.parametrize("formula", [1, 2])
+@pytest.mark.parametrize("kind", ["metric", "relative"])
+@pytest.mark.parametrize("name", ["box", "steep", "fading"])
+def test_plane_is_its_formula(name, kind, formula):
+    depth_map = {"box": scene, "steep": steep, "fading": lambda: fading(0.3)}[name]()
+    depth_map = DepthMap(depth_map.depth, depth_map.valid, kind)
+    expected = plane_by_hand(depth_map, formula)
+    value = normalize(depth_map, Normalization("plane", formula=formula))
+    assert np.allclose(value, expected, rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_beyond_the_horizon_the_reference_is_four_times_the_median_depth(sign):
+    depth_map = steep(sign)
+    (_, slope, offset), support = fit_plane(depth_map)
+    assert support > 0.4 and min(offset, slope + offset) < 0
+    median = float(np.median(depth_map.depth))
+    value = normalize(depth_map, Normalization())
+    beyond = value[::sign][:10]
+    assert beyond == pytest.approx(2 * math.asinh((4 * median - 3) / 0.05 / 2), rel=1e-5)
+    assert (
+        np.abs(value).max() <= beyond.max() and normalize(depth_map, Normalization(formula=1)).max() > 20 * beyond.max()
     )
+
+
+def test_a_relative_reference_is_bounded_on_both_sides():
+    columns = np.mgrid[0:60, 0:60][1] / 60
+    # Where the plane would be at -0.7, something stands at 0.5.
+    depth_map = DepthMap(np.where(columns < 0.25, 0.5, 4 * columns - 0.7), np.ones((60, 60), bool), "relative")
+    median = float(np.median(depth_map.depth))
+    value = normalize(depth_map, Normalization())[:, 0]
+    assert value == pytest.approx(2 * math.asinh((median / 4 - 0.5) / (0.1 * median) / 2), rel=1e-4)
+
+
+def fading(share) -> DepthMap:
+    """A tilted plane on the left ``share`` of the columns, and a rough ground whose pixels share no plane."""
+    rows, columns = np.mgrid[0:120, 0:120] / 120
+    rough = np.random.default_rng(0).uniform(0.5, 0.9, (120, 120))
+    return DepthMap.from_values(np.where(columns < share, 1 / (2 - 0.6 * columns + 0.3 * rows), rough))
+
+
+def test_nothing_jumps_while_a_plane_loses_its_support():
+    shares = np.arange(12, 61) / 120
+    maps = [fading(share) for share in shares]
+    supports = [fit_plane(depth_map)[1] for depth_map in maps]
+    assert min(supports) < 0.15 and max(supports) > 0.45
+    jumps = {}
+    for formula in (1, 2):
+        inputs = [normalize(depth_map, Normalization(formula=formula)) for depth_map in maps]
+        pairs = zip(maps, maps[1:], inputs, inputs[1:], strict=False)
+        same = [(after - before)[one.depth == other.depth] for one, other, before, after in pairs]
+        jumps[formula] = max(np.median(np.abs(change)) for change in same)
+    assert jumps[2] < 0.12 < 1.0 < jumps[1]
+
+
+def test_how_much_a_plane_counts():
+    depth_map = fading(0.3)
+    with_plane, without = (normalize(depth_map, Normalization(plane_support=start)) for start in (0.0, 1.0))
+    support, median = fit_plane(depth_map)[1], np.median(depth_map.depth)
+    assert np.allclose(without, 2 * np.arcsinh((median - depth_map.depth) / 0.1), atol=1e-4)
+    assert np.median(np.abs(with_plane[:, :30])) < 1e-3
+    for share in (0.1, 0.75):
+        value = normalize(depth_map, Normalization(plane_support=support / (1 + share)))
+        heights = [np.sinh(part / 2) for part in (with_plane, without, value)]
+        assert np.allclose(heights[2], share * heights[0] + (1 - share) * heights[1], atol=1e-3)
+
+
+def test_small_relief_passes_unchanged_and_large_distances_by_their_logarithm():
+    depth = np.full((60, 60), 2.0)
+    depth[:3, :3] -= 1e-4
+    depth[40:, 40:] = 0.3
+    value = normalize(DepthMap.from_values(depth), Normalization())
+    assert value[0, 0] - value[0, 4] == pytest.approx(1e-4 / 0.05, rel=0.01)
+    assert value[50, 50] == pytest.approx(2 * math.log(1.7 / 0.05), rel=1e-3)
 
 
 def test_plane_fit_equals_the_plane():
     plane, support = fit_plane(scene())
     assert plane == pytest.approx([0.2, -0.1, 2.0], abs=1e-4)
     assert support == pytest.approx(1 - 20 * 25 / (60 * 80 - 35), abs=0.01)
+
+
+@pytest.mark.parametrize("share, inside", [(0.8, True), (1.2, False)])
+@pytest.mark.parametrize("kind", ["metric", "relative"])
+def test_a_plane_holds_what_is_within_half_a_percent_of_the_median_depth(share, inside, kind):
+    depth = np.full((60, 60), 0.7)
+    # Scattered on both sides, so that no tilted plane comes close to all.
+    places = np.random.default_rng(0).permutation(3600)[:180]
+    depth.reshape(-1)[places] *= 1 + share * 0.005 * np.repeat([-1, 1], 90)
+    depth_map = DepthMap(depth, np.ones((60, 60), bool), kind)
+    assert fit_plane(depth_map)[1] == pytest.approx(1 if inside else 0.95, abs=1e-6)
 
 
 @pytest.mark.parametrize("values", [np.ones((1, 1)), np.ones((1, 40)), np.ones((3, 3))])

@@ -1,5 +1,6 @@
 """Several ranks over gloo compute what one process computes, and say which of them is missing and why."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.backends.distributed import DDPOptimizer
+from torch._dynamo.utils import counters
 
-from dino_depth import distributed
+from dino_depth import compiled, distributed
 from dino_depth.config import PretrainConfig, save_config
 from dino_depth.errors import ConfigError, DataError, Interrupted, ReportedError
 from dino_depth.pretrain import checkpoint, loading, student_teacher, train
@@ -132,10 +135,10 @@ def _noting_positions(config: PretrainConfig, folder: str, stop_at: int = -1):
     """Trains, and notes which positions this rank reads; rank 1 alone gets a signal in step ``stop_at``."""
     losses, steps, read = student_teacher.student_losses, [], loading.Crops.__getitem__
 
-    def noted(self, position):
+    def noted(self, place):
         with open(f"{folder}/positions-{os.environ['RANK']}.txt", "a") as file:
-            file.write(f"{position}\n")
-        return read(self, position)
+            file.write(f"{place[0]}\n")
+        return read(self, place)
 
     def disturbed(*arguments):
         steps.append(1)
@@ -157,6 +160,53 @@ def test_ranks_train_the_weights_of_one(tiny, tmp_path, alone, world):
     assert sorted(position for part in parts for position in part) == list(range(120))
 
 
+def _compiled(config: PretrainConfig, optimize_ddp: bool):
+    """Trains compiled; graphs, breaks in them, and how many graphs torch looked for borders of buckets in."""
+    looked, look = [], DDPOptimizer.compile_fn
+
+    def noted(optimizer, graph, example):
+        looked.append(graph)
+        return look(optimizer, graph, example)
+
+    @contextlib.contextmanager
+    def compiling(enabled):
+        with compiled.compiling(enabled, "aot_eager"):
+            with torch._dynamo.config.patch(optimize_ddp=True) if optimize_ddp else contextlib.nullcontext():
+                yield
+
+    DDPOptimizer.compile_fn, train.compiling, train.probe_compiler = noted, compiling, lambda device: None
+    pretrain(config)
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), len(looked)
+
+
+def test_compiled_ranks_train_the_weights_of_one_and_no_unit_is_cut_at_the_borders_of_buckets(tiny, tmp_path, alone):
+    config = longer(tiny, tmp_path / "run", compile=True)
+    ended = run_ranks(2, tmp_path / "ranks", _compiled, config, False, patience=400)
+    assert [code for code, _ in ended] == [0, 0], ended
+    for graphs, breaks, looked in (result for _, result in ended):
+        assert 8 <= graphs <= 14 and breaks == looked == 0
+    assert_close(tmp_path / "run", alone)
+    config = longer(tiny, tmp_path / "cut", compile=True, steps=1)
+    (_, (_, _, looked)), _ = run_ranks(2, tmp_path / "ranks", _compiled, config, True, patience=400)
+    assert looked  # as torch would do it by itself
+
+
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda:1", "nccl")])
+def test_a_rank_says_from_the_start_which_gpu_is_its_own(monkeypatch, device, backend):
+    """NCCL would otherwise guess it from the rank, and take memory on another's."""
+    given, device = {}, torch.device(device)
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 1, 2)]))
+    monkeypatch.setattr(
+        distributed.dist, "init_process_group", lambda *name, **options: given.update(options, name=name)
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    distributed.start(device, timeout=30)
+    distributed.stop()
+    assert given["name"] == (backend,) and given["device_id"] == (device if backend == "nccl" else None)
+    # A GPU's collectives are watched by the ranks themselves, before torch does.
+    assert given["timeout"].total_seconds() == (90 if backend == "nccl" else 30)
+
+
 def test_another_number_of_ranks_continues_the_run_exactly(tiny, tmp_path, alone):
     begun = longer(tiny, tmp_path / "begun")
     (tmp_path / "first").mkdir()
@@ -173,6 +223,14 @@ def test_another_number_of_ranks_continues_the_run_exactly(tiny, tmp_path, alone
         assert_close(run, alone)
         read = sorted(int(line) for file in notes.glob("*.txt") for line in file.read_text().split())
         assert read == list(range(120)), f"{world} ranks lose or repeat maps"
+
+
+def test_ranks_that_log_seldom_stop_after_the_step_in_which_one_was_asked_and_the_next(tiny, tmp_path):
+    config = longer(tiny, tmp_path / "run", log_every=100)
+    config = dataclasses.replace(config, health=dataclasses.replace(config.health, every=100))
+    ended = run_ranks(2, tmp_path / "ranks", _noting_positions, config, str(tmp_path), 4)
+    assert [code for code, _ in ended] == [Interrupted.exit_code] * 2
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-00000006.pt"]
 
 
 def _disturbed(config: PretrainConfig, kind: str):
@@ -212,9 +270,7 @@ def _disturbed(config: PretrainConfig, kind: str):
 )
 def test_the_others_name_the_rank_they_miss(tiny, tmp_path, kind, code, message):
     config = longer(tiny, tmp_path / "run", checkpoint_every=2, timeout=3.0)
-    begun = time.monotonic()
     ended = run_ranks(3, tmp_path / "ranks", _disturbed, config, kind, patience=25)
-    assert time.monotonic() - begun < 3 + distributed.GRACE_SECONDS + 12 or kind == "slow"
     for rank in (0, 2):
         assert ended[rank][0] == code and re.search(message, ended[rank][1]), ended[rank]
     assert re.search(message, (tmp_path / "run" / "run.log").read_text())

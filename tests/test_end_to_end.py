@@ -5,8 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
-import zipfile
+import venv
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from dino_depth.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "realdata"
+SHIPPED = ROOT / "tests" / "sensor"  # genuine files that lie here
 SMALL = [
     *("--config", "pretrain_demo", "--data.splits", "[]", "--data.workers", "0", "--train.batch", "4"),
     *("--crops.global_size", "42", "--crops.local_size", "28", "--crops.local_crops", "2", "--train.steps", "3"),
@@ -29,6 +31,7 @@ def run(*arguments) -> int:
 @pytest.mark.parametrize(
     "name, dataset, options",
     [
+        ("", "folder", []),
         ("mvtec3d_cable_gland", "mvtec3d", []),
         ("open3d_rgbd_redwood5/RGBD", "folder", ["--folder.glob", "depth/*.png", "--folder.unit", "mm"]),
         ("tsdf_7scenes_16", "folder", ["--folder.unit", "mm", "--folder.missing", "[65535]"]),
@@ -36,10 +39,11 @@ def run(*arguments) -> int:
     ],
 )
 def test_real_files_are_prepared_checked_and_trained_on(tmp_path, name, dataset, options):
-    if not (REAL / name).is_dir():
+    root = REAL / name if name else SHIPPED
+    if not root.is_dir():
         pytest.skip(f"shared/realdata/{name} is not beside this checkout")
     shards, out = tmp_path / "shards", tmp_path / "run"
-    assert run("prep", dataset, "--root", REAL / name, "--out", shards, "--workers", 1, *options) == 0
+    assert run("prep", dataset, "--root", root, "--out", shards, "--workers", 1, *options) == 0
     assert run("check", shards) == 0
     total = json.loads((shards / "manifest.json").read_text())["total"]
     batch = ["--train.batch", 2] if total < 4 else []
@@ -68,7 +72,7 @@ def test_the_demo_in_small_makes_every_file_and_fails_its_gate_honestly(tmp_path
         assert (out / "export" / name).is_file()
     measured = json.loads((out / "evaluation" / "results.json").read_text())
     assert measured["complete"] and measured["synthetic"] and measured["categories"] == ["hex_nut"]
-    assert (out / "evaluation" / "report.html").stat().st_size > 100_000
+    assert (out / "residual" / "report.html").stat().st_size > 100_000
     card = (out / "export/transformers/README.md").read_text()
     assert "rendered parts in the layout of mvtec3d" in card and "\ndatasets:" not in card
     assert run("demo", "--out", tmp_path) == 2  # a folder that is no earlier demo is left alone
@@ -76,41 +80,49 @@ def test_the_demo_in_small_makes_every_file_and_fails_its_gate_honestly(tmp_path
 
 
 def test_an_installed_wheel_works_away_from_the_checkout(tmp_path):
+    """``pip install`` of a built wheel into a new environment, which borrows nothing but the dependencies."""
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".git", ".venv*", "demo", "*.egg-info", "__pycache__", "build")
     shutil.copytree(ROOT, source, ignore=ignored)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
-    built = subprocess.run(pip, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip"]
+    make = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    built = subprocess.run(make, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    site = tmp_path / "site"
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        wheel.extractall(site)
-        metadata = next(name for name in wheel.namelist() if name.endswith("METADATA"))
-        assert "Requires-Dist: torch>=" in wheel.read(metadata).decode()
     shutil.rmtree(source)
-    command = [sys.executable, "-P", "-m", "dino_depth.cli"]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
+    [wheel] = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    put = [*pip, "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
+    done = subprocess.run(put, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [site] = tmp_path.glob("venv/lib/python*/site-packages")
+    borrowed = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
+    metadata = next(site.glob("dino_depth-*.dist-info/METADATA")).read_text()
+    assert (
+        "Requires-Dist: torch>=" in metadata and 'Requires-Dist: embreex>=2.17.7.post6; extra == "render"' in metadata
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
-    def installed(*words) -> subprocess.CompletedProcess:
-        done = subprocess.run([*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    def installed(*words, program=tmp_path / "venv" / "bin" / "dino-depth", **more) -> str:
+        done = subprocess.run([program, *words], cwd=tmp_path, env=environment | more, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return done
+        return done.stdout
 
-    printed = yaml.safe_load(installed("pretrain", "--config", "pretrain_demo", "--print_config").stdout)
+    printed = yaml.safe_load(installed("pretrain", "--config", "pretrain_demo", "--print_config"))
     assert printed["model"]["dim"] == 128
     installed("synth", "mvtec3d", "--out", "raw", "--per_category", "2", "--categories", "2", "--size", "48")
     installed("prep", "mvtec3d", "--root", "raw", "--out", "shards")
     installed("check", "shards")
     installed("inspect", "shards", "--out", "page.html")
-    assert "limit of each" in installed("submit", "--help").stdout
-    assert "sources:" in installed("prep", "--config", "prep/split_c", "--print_config").stdout
+    assert "limit of each" in installed("submit", "--help")
+    assert "sources:" in installed("prep", "--config", "prep/split_c", "--print_config")
     templates = ("anomaly/report.html.jinja", "anomaly/viewer.js", "configs/published.yaml")
     assert all((site / "dino_depth" / name).is_file() for name in templates)
-    where = subprocess.run(
-        [sys.executable, "-P", "-c", "import dino_depth, data_prep; print(dino_depth.__file__, data_prep.__file__)"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    assert where.count(str(site)) == 2
+    code = "import dino_depth, data_prep; print(dino_depth.__file__, data_prep.__file__); "
+    code += "print(dino_depth.load_encoder('tiny').dim)"
+    where, dim = installed("-P", "-c", code, program=python, HF_HUB_OFFLINE="1").splitlines()
+    assert where.count(str(site)) == 2 and dim == "192"
 
 
 LAYOUTS = ("mvtec3d", "eyecandies", "real_iad_d3", "mvtec_ad", "mvtec_loco", "mvtec_ad2", "visa")
@@ -125,6 +137,7 @@ def test_seven_sources_in_their_archives_become_split_c(tmp_path, depth_anything
         assert run("synth", layout, "--out", root, "--archive", "true", "--workers", "1", *options) == 0
         assert not list(Path(root).rglob("*.png")) and not list(Path(root).rglob("*.tiff"))
         words += [f"--roots.{layout}", root]
+    assert tarfile.is_tarfile(next((tmp_path / "eyecandies").glob("*.zip")))
     assert run("prep", *words, "--dry_run") == 0
     assert capsys.readouterr().out.count("published counts differ") == len(LAYOUTS)
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -8,29 +8,34 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, Dinov2Model
+from safetensors.torch import load, load_file, save_file
+from transformers import AutoModel, Dinov2Model
 
 import dino_depth
-from dino_depth.config import CropConfig, DataConfig, ModelConfig, PretrainConfig, save_config
+from dino_depth import onnx_file
+from dino_depth.config import CropConfig, DataConfig, ModelConfig, PretrainConfig, load_config, save_config
 from dino_depth.depth import DepthMap, Normalization, encode_png
 from dino_depth.encoder import load_encoder
 from dino_depth.errors import ConfigError, DataError, GateError, ReportedError
-from dino_depth.pretrain import checkpoint, model_folders
-from dino_depth.pretrain import export as export_module
-from dino_depth.pretrain.export import ExportConfig, export
-from dino_depth.pretrain.model_card import training_data
-from dino_depth.pretrain.parity import compare, worst
+from dino_depth.pretrain import checkpoint
 from dino_depth.pretrain.shards import DepthShards
+from dino_depth.publish import export as export_module
+from dino_depth.publish import model_folders
+from dino_depth.publish.export import ExportConfig, export
+from dino_depth.publish.model_card import Subject, _training, training_data
+from dino_depth.publish.parity import compare, worst
 from dino_depth.vit import DepthTransformer, resize_position_embedding
 from dino_depth.weight_names import from_transformers, to_transformers
+from tests.conftest import write_manifest
 
 SIZE = 112
 TINY = ModelConfig(dim=128, depth=4, heads=2, layer_scale=1.0)
@@ -53,11 +58,7 @@ def write_shards(folder, maps=5, licence="Example, CC BY-NC-SA 4.0 (non-commerci
                 member = tarfile.TarInfo(f"example/cone/train-good-{index:03d}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    size = (folder / "depth-000000.tar").stat().st_size
-    source = {"licence": licence, "synthetic": False}
-    shard = {"file": "depth-000000.tar", "bytes": size, "sha256": ""}
-    manifest = {"version": 2, "sources": {"example": source}, "shards": [shard]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, maps, {"example": {"licence": licence}})
     return folder
 
 
@@ -110,6 +111,15 @@ def images(run, shards):
     return torch.stack([encoder.prepare(samples.sample(index)[0], SIZE) for index in (0, 3)])  # (2, 1, SIZE, SIZE)
 
 
+def raw_and_prepared(encoder, shards, side):
+    """Two maps as squares of depth in metres with every kind of missing pixel, and as the network's input of them."""
+    samples = DepthShards(str(shards))
+    depth = torch.stack([export_module._square(samples.sample(index)[0], side) for index in (0, 3)])
+    assert (depth == 0).any()
+    depth[0, 0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    return depth, torch.stack([encoder.prepare(DepthMap.from_values(each[0].numpy()), side) for each in depth])
+
+
 @pytest.fixture(scope="module")
 def expected(run, images):
     """Tokens of the training model, with its own position embedding resized on the fly."""
@@ -146,7 +156,7 @@ def test_both_folders_load_in_one_line(exported, images, expected):
         torch.testing.assert_close(model(images), expected[:, 0], atol=1e-5, rtol=0)
     assert load_file(exported / "timm" / "model.safetensors").keys() == model.state_dict().keys()
     data_config = timm.data.resolve_model_data_config(model)
-    assert data_config["input_size"] == (1, SIZE, SIZE)
+    assert tuple(data_config["input_size"]) == (1, SIZE, SIZE)
     assert (list(data_config["mean"]), list(data_config["std"])) == ([0.0], [1.0])
 
 
@@ -231,7 +241,9 @@ def test_every_parameter_is_mapped_once(exported, run):
     assert not any(report.values())
     fused = weights["blocks.2.attn.qkv.weight"]
     attention = model.encoder.layer[2].attention
-    for place, projection in enumerate((attention.q_proj, attention.k_proj, attention.v_proj)):
+    attention = getattr(attention, "attention", attention)  # the lowest version nests them, under other names
+    projections = [module for module in attention.children() if isinstance(module, torch.nn.Linear)][:3]
+    for place, projection in enumerate(projections):
         assert torch.equal(projection.weight, fused[128 * place : 128 * (place + 1)])
     assert torch.equal(model.embeddings.mask_token, weights["mask_token"])
 
@@ -288,7 +300,10 @@ def test_other_architectures_pass_the_gate_and_load_back(kind, shards, tmp_path)
     assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
     assert load_file(out / "transformers" / "model.safetensors").keys() == pieces.keys()
     loaded = torch.export.load(out / "torch_export" / "model.pt2").module()
-    for batch in (images[:1], images.repeat(2, 1, 1, 1)):
+    depth, prepared = raw_and_prepared(theirs, shards, side)
+    with torch.inference_mode():
+        tokens = model(pixel_values=prepared).last_hidden_state
+    for batch in (depth[:1], depth.repeat(2, 1, 1, 1)):
         torch.testing.assert_close(loaded(batch)[0], tokens.repeat(2, 1, 1)[: len(batch)], atol=1e-5, rtol=0)
     card = (out / "transformers" / "README.md").read_text()
     assert f"(1, {1 + sizes.registers} + patches, 128)" in card
@@ -429,6 +444,39 @@ def test_the_network_behind_pseudo_depth_brings_its_own_terms(tmp_path):
     assert data.rows[0]["licence"] == "VisA, CC BY 4.0; depth by owner/net, CC-BY-NC-4.0" and data.non_commercial
 
 
+@pytest.mark.parametrize(
+    "licence",
+    [
+        "<script>alert(1)</script>", "[free](https://example.org)", "![x](https://example.org/x.png)",
+        "`a` **b** ~~c~~ &lt;", "a | b | c", "one\n\n# A title\n| x |", "a\\| b", "<!-- gone -->",
+    ],
+)  # fmt: skip
+def test_what_a_manifest_says_is_text_on_a_card_and_no_markup(tmp_path, licence):
+    shards = write_shards(tmp_path / "shards", licence=licence)
+    card = _training(Subject(PretrainConfig(), 7, 56, "apache-2.0", training_data(DepthShards(str(shards))), {}, {}))
+    parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    page = ElementTree.fromstring(f"<page>{parser.render(card)}</page>")
+    table = page.find("table")
+    cells = [[cell.text for cell in row] for row in table.iter("tr")][1:]
+    assert cells == [["example", "5", " ".join(licence.split())]]
+    assert {part.tag for part in table.iter()} == {"table", "thead", "tbody", "tr", "th", "td"}
+    assert len(page.findall("table")) == 1 and [title.text for title in page.iter("h1")] == []
+
+
+def test_a_card_names_the_second_teacher(run):
+    config = load_config(PretrainConfig, run / "config.yaml")
+    for teacher, terms in [
+        ("lite0?layers=2-3", "Apache-2.0 by the licence file"),
+        ("timm:resnet18?layers=1-2", "this card does not know it"),
+        (str(run), "this card does not know it"),
+    ]:
+        config.distill.teacher, config.loss.koleo_weight, config.loss.dense_weight = teacher, 0.0, 0.5
+        text = _training(Subject(config, 7, 56, "apache-2.0", None, {}, {}))
+        name = run.name if teacher == str(run) else teacher
+        assert f"frozen encoder `{name}` on the same depth" in text and terms in text
+        assert "KoLeo" not in text and "a dense loss between crops (0.5)" in text and str(run.parent) not in text
+
+
 def test_cards_and_papers(exported, place, run):
     for library in ("transformers", "timm"):
         folder = exported / library
@@ -460,12 +508,6 @@ def test_cards_and_papers(exported, place, run):
     assert provenance["export"]["dino_depth"] == dino_depth.__version__
 
 
-def test_image_processor_passes_depth_through(exported, images):
-    processor = AutoImageProcessor.from_pretrained(exported / "transformers")
-    values = processor(list(images), return_tensors="pt")["pixel_values"]
-    assert torch.equal(values, images)
-
-
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_onnx_and_torch_export_at_896_with_any_batch(positions, shards, tmp_path):
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
@@ -478,20 +520,20 @@ def test_onnx_and_torch_export_at_896_with_any_batch(positions, shards, tmp_path
     for kind in ("onnx", "torch_export"):
         assert report["pairs"][f"training - {kind}"]["patch"]["max_abs"] <= 1e-5
     encoder = checkpoint.load_run_encoder(run)
-    images = torch.stack([encoder.prepare(DepthShards(str(shards)).sample(index)[0], 896) for index in (0, 3)])
+    depth, images = raw_and_prepared(encoder, shards, 896)
     expected = encoder.backbone.forward_features(images)
     session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
     program = torch.export.load(out / "torch_export" / "model.pt2").module()
     for count in (1, 2):
         with torch.inference_mode():
-            results = [session.run(None, {"pixel_values": images[:count].numpy()}), program(images[:count])]
+            results = [session.run(None, {"depth": depth[:count].numpy()}), program(depth[:count])]
         for tokens, pooled in results:
             np.testing.assert_allclose(tokens, expected[:count], atol=1e-5, rtol=0)
             np.testing.assert_allclose(pooled, expected[:count, 0], atol=1e-5, rtol=0)
 
 
 def test_onnx_without_its_packages(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(model_folders, "find_spec", lambda name: None if name == "onnxscript" else object())
+    monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(ConfigError, match=r"onnxscript: pip install 'dino-depth\[onnx\]'"):
         export(ExportConfig(run=str(run), out=str(tmp_path / "out"), onnx=True))
 
@@ -607,11 +649,22 @@ def test_load_encoder_refuses_another_model(exported, tmp_path, change, message)
         load_encoder(copy_export(exported, tmp_path / "copy", change))
 
 
+def test_what_was_trained_before_the_second_formula_keeps_the_first(exported, run, tmp_path):
+    old = copy_export(exported, tmp_path / "copy", lambda config: config["dino_depth"]["normalization"].pop("formula"))
+    assert load_encoder(old).normalization == Normalization("plane", scale=0.07, formula=1)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert load_config(PretrainConfig, run / "config.yaml").data.normalization.formula == 2
+    del settings["data"]["normalization"]["formula"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert load_config(PretrainConfig, tmp_path / "config.yaml").data.normalization.formula == 1
+
+
 def test_load_encoder_names_what_is_broken(exported, run, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="unreadable weights"):
         load_encoder(copy_export(exported, tmp_path / "short", weights=lambda content: content[:5000]))
     other = copy_export(exported, tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
+    # Copies: a loaded file is mapped, and is written anew here.
+    tensors = load((other / "model.safetensors").read_bytes())
     save_file({name: tensor for name, tensor in tensors.items() if "norm1" not in name}, other / "model.safetensors")
     with pytest.raises(DataError, match="weights missing.*norm1"):
         load_encoder(other)

@@ -209,13 +209,25 @@ def test_what_fits_together_is_stored_after_one_look_at_the_folder(tmp_path, mon
     arrays = {name * 64: np.arange(8, dtype="<f2") for name in "abcdef"}
     looks, scandir = [], os.scandir
     monkeypatch.setattr(os, "scandir", lambda folder: looks.append(folder) or scandir(folder))
-    FeatureCache(tmp_path / "roomy", 1.0).write(arrays)
+    roomy = FeatureCache(tmp_path / "roomy", 1.0)
+    roomy.write(arrays)
     assert looks == [tmp_path / "roomy"] and len(entries(tmp_path / "roomy")) == 6
+    looks.clear()  # of this test's own
+    for name in "ghi":
+        roomy.write({name * 64: arrays["a" * 64]})
+    assert not looks and len(entries(tmp_path / "roomy")) == 9
+    assert int((tmp_path / "roomy" / "lock").read_text()) == taken(tmp_path / "roomy") == 9 * (16 + 32)
+    # A number that is lost, or says more than there is, is counted again.
+    for text in ("", "x", str(2**40)):
+        (tmp_path / "roomy" / "lock").write_text(text)
+        looks.clear()
+        roomy.write({"j" * 64: arrays["a" * 64]})
+        assert len(looks) == 1 and int((tmp_path / "roomy" / "lock").read_text()) >= taken(tmp_path / "roomy")
     looks.clear()
-    # Where they do not, each makes room by itself, and the last ones stay.
+    # Where they do not fit, each makes room by itself, and the last ones stay.
     small = FeatureCache(tmp_path / "small", 2 * (16 + 32) / 2**30)
     small.write(arrays)
-    assert len(looks) == 6 and [path.stem[0] for path in entries(tmp_path / "small")] == ["e", "f"]
+    assert len(looks) == 5 and [path.stem[0] for path in entries(tmp_path / "small")] == ["e", "f"]
 
 
 def test_the_cache_stays_within_its_limit_and_drops_what_was_used_longest_ago(tmp_path):
@@ -308,8 +320,6 @@ def test_faults_name_the_view(encoders):
 
 
 def test_stores_that_cannot_work_are_refused(encoders):
-    with pytest.raises(ConfigError, match="no encoder"):
-        FeatureStore(None, None)
     with pytest.raises(ConfigError, match="loaded for image, not for depth"):
         FeatureStore(None, encoders[0], SIDE)
     with pytest.raises(ConfigError, match="batch"):

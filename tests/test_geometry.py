@@ -5,7 +5,7 @@ import pytest
 import torch
 from multiview_scene import ellipsoid_depth, off_ellipsoid, ring
 
-from dino_depth.anomaly.geometry import Camera, SquareFit, back_project, lift, project, rays, resize_camera
+from dino_depth.anomaly.geometry import Camera, SquareFit, back_project, lift, lift_mask, project, rays, resize_camera
 from dino_depth.errors import DataError
 from dino_depth.resample import fit_square
 
@@ -42,6 +42,42 @@ def test_projection_undoes_back_projection(distortion):
     pixels, again = project(seen, back_project(seen, depth).reshape(-1, 3))
     assert np.allclose(pixels, pixel_grid(seen.height, seen.width), atol=1e-3)
     assert np.allclose(again, depth.ravel(), atol=1e-12)
+
+
+def lifted(seen, depth, mask):
+    return np.concatenate([points for *_, points in lift_mask(seen, depth, mask)], 1).T
+
+
+@pytest.mark.parametrize("distortion", [(), LENS])
+def test_a_mask_is_lifted_in_blocks_with_the_same_bits(distortion):
+    seen = ring(3, distortion=distortion)[1]
+    random = np.random.default_rng(0)
+    depth, mask = random.uniform(0.4, 0.9, (2, seen.height, seen.width))
+    assert not list(lift_mask(seen, depth, np.zeros(mask.shape, bool)))
+    for share in (1.0, 0.5, 0.41):  # values from 0.4 on: of the last, blocks have a pixel or two
+        rows, columns = np.nonzero(mask < share)
+        assert len(rows)
+        expected = lift(seen, np.stack([columns, rows], 1), depth[mask < share])
+        assert np.array_equal(lifted(seen, depth, mask < share), expected)
+    lone = np.zeros(mask.shape, bool)
+    lone[7, 5] = lone[40, 11] = lone[40, 12] = True
+    rows, columns = np.nonzero(lone)
+    assert np.array_equal(lifted(seen, depth, lone), lift(seen, np.stack([columns, rows], 1), depth[lone]))
+
+
+def test_rays_between_the_undistorted_ones_are_off_by_next_to_nothing():
+    """SiM3D's size and lens: against undistorting every pixel, here of every 37th row and all corners."""
+    matrix = np.array([[3470.28, 0, 2045.8], [0, 3468.9, 1563.63], [0, 0, 1]])
+    pose = ring(3)[1].camera_to_world
+    for lens, limit in (((-0.08, 0.1, 5e-4, -3e-4, 0.02), 2e-6), ((-0.3, 0.12, 1e-3, 1e-3, -0.02), 1e-5)):
+        seen = Camera(3000, 4096, matrix, pose, lens)
+        mask = np.zeros((3000, 4096), bool)
+        mask[::37] = mask[-1] = True
+        depth = np.full(mask.shape, 0.7, np.float32)
+        rows, columns = np.nonzero(mask)
+        exact = lift(seen, np.stack([columns, rows], 1), depth[mask])
+        off = np.linalg.norm(lifted(seen, depth, mask) - exact, axis=1).max()
+        assert 0 < off < limit  # metres; a pixel is 2e-4 wide at this distance
 
 
 def test_distortion_is_opencvs_model():
@@ -135,6 +171,13 @@ def test_from_square_undoes_to_square():
     fit = SquareFit(30, 47, 896)
     pixels = np.random.default_rng(0).uniform(0, 30, (50, 2))
     assert np.allclose(fit.from_square(fit.to_square(pixels)), pixels, atol=1e-12)
+
+
+def test_a_part_of_an_image_has_the_bits_of_the_whole():
+    fit, maps = SquareFit(61, 83, 10), torch.rand(2, 10, 10)
+    whole = fit.unfit(maps)
+    for down, across in ((slice(0, 61), slice(0, 83)), (slice(3, 19), slice(7, 80)), (slice(60, 61), slice(0, 1))):
+        assert torch.equal(fit.unfit(maps, down, across), whole[:, down, across])
 
 
 @pytest.mark.parametrize(("shape", "cells"), [((30, 40), 7), ((37, 20), 64), ((25, 25), 25), ((9, 4), 1)])

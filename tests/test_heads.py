@@ -1,32 +1,40 @@
 """Heads: equations against float64 transcriptions, fast paths against slow twins, and the ladder's reductions."""
 
 import errno
-import importlib
 import io
 import math
 import os
-import pkgutil
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+from quick_heads import QUICK
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dino_depth.anomaly import crossmodal, heads
+from dino_depth.anomaly import bank, heads, resume
 from dino_depth.anomaly.features import SampleFeatures
-from dino_depth.anomaly.fitted import Training, fitted_head
-from dino_depth.anomaly.heads import modmap, patchcore
-from dino_depth.anomaly.heads.modmap import ModMapConfig
-from dino_depth.anomaly.heads.patchcore import PatchCoreConfig
+from dino_depth.anomaly.fitted import fitted_head
+from dino_depth.anomaly.heads import Context, modmap, patchcore, template
+from dino_depth.anomaly.heads.modmap import Config as ModMapConfig
+from dino_depth.anomaly.heads.modmap import crossmodal
+from dino_depth.anomaly.heads.patchcore import Config as PatchCoreConfig
+from dino_depth.anomaly.views import Views
 from dino_depth.config import parse
 from dino_depth.errors import ConfigError, DataError, ReportedError
+from dino_depth.lock import Busy
 
 CPU = torch.device("cpu")
+NOW = Context(0, CPU)
 SMALL = ModMapConfig(image_to_depth=(10, 8), depth_to_image=(9, 8), modulator=6, steps=4, pairs=5)
-HEADS = [module.name for module in pkgutil.iter_modules(heads.__path__)]
+# Heads of features alone; tests/test_contract.py asks every head for what all must do.
+HEADS = [
+    name for name in heads.names() if heads.open_head(name).needs(heads.open_head(name).Config()) <= {"image", "depth"}
+]
 
 
 def draw(views=3, grid=(3, 4), dims=(7, 5), seed=0, background=0.3) -> SampleFeatures:
@@ -49,7 +57,7 @@ def linear(views=4, grid=(8, 8), noise=0.0, seed=0) -> SampleFeatures:
 
 def trained(config=SMALL, seed=0, **options) -> modmap.ModMap:
     """A head whose modulators have left the identity by far."""
-    head = modmap.fit([draw(**options)], config, seed, CPU)
+    head = modmap.fit([draw(**options)], config, Context(seed, CPU))
     for place, member in enumerate(head.members):
         generator = torch.Generator().manual_seed(1000 + place)
         for parameter in member.parameters():
@@ -59,9 +67,22 @@ def trained(config=SMALL, seed=0, **options) -> modmap.ModMap:
 
 def settings(name: str):
     """A head's module and a configuration that is fitted in no time."""
-    module = importlib.import_module(f"dino_depth.anomaly.heads.{name}")
-    (config,) = (kind for key, kind in vars(module).items() if key.lower() == f"{name}config")
-    return module, SMALL if config is ModMapConfig else config()
+    module = heads.open_head(name)
+    return module, SMALL if module is modmap else module.Config(**QUICK.get(name, {}))
+
+
+def parts(features):
+    return features.image, features.depth, features.share
+
+
+def of_class(features, index):
+    return replace(features, class_index=index)
+
+
+def shown(features, name="real"):
+    """Features as those of an instance."""
+    sample = SimpleNamespace(category="part", name=name, views=[None] * len(features.share))
+    return Views(sample, SimpleNamespace(get=lambda *_: features), features.class_index)
 
 
 # Direct transcription of the equations: float64, one cell at a time
@@ -129,19 +150,20 @@ def test_maps_equal_the_equations_in_float64(conditioning, aggregate):
 
 def test_maps_of_several_classes_equal_the_equations_in_float64():
     samples = [draw(views=3), draw(views=2, seed=1)]
-    head = modmap.fit(samples, replace(SMALL, steps=40, learning_rate=0.05), 0, CPU, classes=[0, 1])
+    samples = [of_class(part, index) for index, part in enumerate(samples)]
+    head = modmap.fit(samples, replace(SMALL, steps=40, learning_rate=0.05), NOW)
     for index, features in enumerate(samples):
         expected = transcribed_scores(head, features, index).min(0)
-        np.testing.assert_allclose(as_array(modmap.score(head, features, class_index=index)), expected, atol=2e-6)
-    head = modmap.fit([draw(), draw(seed=1)], replace(SMALL, learning_rate=0.05), 0, CPU, classes=[0, 1])
-    maps = [modmap.score(head, draw(), class_index=index)["image"] for index in (0, 1)]
+        np.testing.assert_allclose(as_array(modmap.score(head, features)), expected, atol=2e-6)
+    head = modmap.fit([draw(), of_class(draw(seed=1), 1)], replace(SMALL, learning_rate=0.05), NOW)
+    maps = [modmap.score(head, of_class(draw(), index))["image"] for index in (0, 1)]
     assert not torch.allclose(*maps, atol=1e-3)  # the class's code reaches the maps
 
 
 def test_the_first_loss_equals_the_equations_in_float64():
     features = draw(views=2)
     head = modmap.fit(
-        [features], replace(SMALL, pairs=4, steps=1, learning_rate=1e-12, initial_learning_rate=1e-12), 0, CPU
+        [features], replace(SMALL, pairs=4, steps=1, learning_rate=1e-12, initial_learning_rate=1e-12), NOW
     )
     scores = transcribed_scores(head, features).sum(1)  # (sources, targets, cells), equation 10
     shown = (features.share > 0).flatten(1).numpy()
@@ -161,7 +183,7 @@ def test_modulators_are_the_identity_before_training():
 def test_all_steps_of_the_ladder_start_from_the_same_maps():
     still = replace(SMALL, learning_rate=1e-12, initial_learning_rate=1e-12, steps=1, sources="target")
     maps = [
-        as_array(modmap.score(modmap.fit([draw()], replace(still, conditioning=name), 3, CPU), draw(seed=8)))
+        as_array(modmap.score(modmap.fit([draw()], replace(still, conditioning=name), Context(3, CPU)), draw(seed=8)))
         for name in ("none", "view", "cross-view")
     ]
     np.testing.assert_allclose(maps[1], maps[0], atol=1e-6)
@@ -169,7 +191,7 @@ def test_all_steps_of_the_ladder_start_from_the_same_maps():
 
 
 def test_cross_view_of_one_view_is_view():
-    heads = [modmap.fit([draw(views=1)], replace(SMALL, conditioning=name), 0, CPU) for name in ("view", "cross-view")]
+    heads = [modmap.fit([draw(views=1)], replace(SMALL, conditioning=name), NOW) for name in ("view", "cross-view")]
     assert torch.equal(heads[0].losses, heads[1].losses)
     assert_same_maps(*(modmap.score(head, draw(views=1, seed=1)) for head in heads))
 
@@ -178,11 +200,6 @@ def assert_same_maps(one, other):
     assert one.keys() == other.keys()
     for key in one:
         assert torch.equal(one[key], other[key]), key
-
-
-def test_one_class_is_no_class():
-    heads = [modmap.fit([draw()], SMALL, 0, CPU, classes=classes) for classes in (None, [0])]
-    assert_same_maps(*(modmap.score(head, draw(seed=1)) for head in heads))
 
 
 def test_blocks_of_sources_do_not_change_the_maps(monkeypatch):
@@ -210,7 +227,7 @@ def test_permuted_views_and_codes_permute_the_maps(conditioning):
     head, features = trained(replace(SMALL, conditioning=conditioning), views=4), draw(views=4, seed=2)
     maps = modmap.score(head, features)
     order = torch.tensor([2, 0, 3, 1])
-    permuted = SampleFeatures(*(part[order] for part in vars(features).values()))
+    permuted = SampleFeatures(*(part[order] for part in parts(features)))
     if conditioning != "none":
         shifted = modmap.score(head, permuted)
         assert not torch.allclose(shifted["image"], maps["image"][order], atol=1e-3)
@@ -237,7 +254,7 @@ def test_fewer_sources_are_the_first_of_more_and_all_of_them_are_all():
 
 def test_a_shift_of_views_is_what_views_in_another_order_look_like():
     head, features = trained(views=4), draw(views=4, seed=2)
-    turned = SampleFeatures(*(part.roll(1, 0) for part in vars(features).values()))  # view 0 lies in place 1
+    turned = SampleFeatures(*(part.roll(1, 0) for part in parts(features)))  # view 0 lies in place 1
     expected = {key: part.roll(-1, 0) for key, part in modmap.score(head, turned).items()}
     shifted = modmap.score(replace(head, config=replace(head.config, view_shift=1)), features)
     for key, part in modmap.score(head, features).items():
@@ -255,14 +272,110 @@ def test_one_modality_is_one_of_both_maps():
         assert_same_maps(maps, {modality: both[modality]})
 
 
+def test_cfm_as_published_multiplies_distances_of_unit_vectors():
+    """Against CFM's own formulas in float64: L2 of normalised features, then the product at each cell."""
+    head = trained(replace(SMALL, conditioning="none"))
+    features = draw(seed=2)
+    published = replace(head, config=replace(head.config, distance="euclidean", modality="product"))
+    mapper = head.members[0]
+    with torch.inference_mode():
+        pairs = [
+            (mapper.image_to_depth(features.image), features.depth),
+            (mapper.depth_to_image(features.depth), features.image),
+        ]
+    unit = [[torch.nn.functional.normalize(part.double(), dim=-1) for part in pair] for pair in pairs]
+    expected = torch.stack([(one - other).pow(2).sum(-1).sqrt() for one, other in unit]).prod(0)
+    maps = modmap.score(published, features)
+    assert list(maps) == ["both"]
+    torch.testing.assert_close(maps["both"].double(), expected, atol=2e-3, rtol=1e-3)
+    both = modmap.score(replace(published, config=replace(published.config, modality="both")), features)
+    assert torch.equal(maps["both"], both["image"] * both["depth"])
+
+
+class ReleasedMapping(torch.nn.Module):
+    """Three linear layers under the names of the released code."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        middle = (inputs + outputs) // 2
+        self.input, self.projection = torch.nn.Linear(inputs, middle), torch.nn.Linear(middle, middle)
+        self.output = torch.nn.Linear(middle, outputs)
+
+    def forward(self, x):
+        gelu = torch.nn.functional.gelu
+        return self.output(gelu(self.projection(gelu(self.input(x)))))
+
+
+class ReleasedModulator(torch.nn.Module):
+    def __init__(self, views, dim):
+        super().__init__()
+        layers = torch.nn.Linear(2 * views, 128), torch.nn.GELU(), torch.nn.Linear(128, 2 * dim)
+        self.mlp = torch.nn.Sequential(*layers)
+
+    def forward(self, x, codes):
+        gamma, beta = self.mlp(codes)[:, None].chunk(2, -1)
+        return gamma * x + beta
+
+
+def released(path, views=4, image=10, depth=6):
+    torch.manual_seed(5)
+    parts = {
+        "model_image2depth": ReleasedMapping(image, depth), "model_depth2image": ReleasedMapping(depth, image),
+        "modulator_image": ReleasedModulator(views, image), "modulator_depth": ReleasedModulator(views, depth),
+    }  # fmt: skip
+    torch.save({name: part.state_dict() for name, part in parts.items()}, path)
+    return parts
+
+
+def test_weights_of_the_released_code_score_as_its_modules_do(tmp_path):
+    features = draw(views=4)
+    image, depth = features.image.shape[-1], features.depth.shape[-1]
+    parts = released(tmp_path / "part.pth", 4, image, depth)
+    middle = ((image + depth) // 2,) * 2
+    config = ModMapConfig(image_to_depth=middle, depth_to_image=middle, weights=str(tmp_path / "{category}.pth"))
+    head = modmap.fit([shown(features)], config, NOW)
+    expected = {"image": [], "depth": []}
+    with torch.inference_mode():
+        flat = {name: getattr(features, name).flatten(1, 2) for name in expected}
+        for target in range(4):
+            codes = torch.zeros(4, 8)
+            codes[range(4), range(4)] = codes[:, 4 + target] = 1
+            predicted = {
+                "depth": parts["model_image2depth"](parts["modulator_image"](flat["image"], codes)),
+                "image": parts["model_depth2image"](parts["modulator_depth"](flat["depth"], codes)),
+            }
+            for name, found in predicted.items():
+                distance = 1 - torch.cosine_similarity(found, flat[name][target], dim=-1)
+                expected[name].append(distance.amin(0).unflatten(0, features.share.shape[1:]))
+    for name, maps in modmap.score(head, features).items():
+        torch.testing.assert_close(maps, torch.stack(expected[name]), atol=1e-6, rtol=0)
+    again = modmap.from_state(head.state(), CPU)
+    assert_same_maps(modmap.score(again, features), modmap.score(head, features))
+    released(tmp_path / "part.pth", 4, image + 1, depth)
+    with pytest.raises(DataError, match="holds other weights now"):
+        modmap.from_state(head.state(), CPU)
+    with pytest.raises(ConfigError, match=r"part.pth: image_to_depth.0.weight is \("):
+        modmap.fit([shown(features)], config, NOW)
+    released(tmp_path / "part.pth", 5, image, depth)
+    with pytest.raises(ConfigError, match="part.pth: of 5 views, instances have 4"):
+        modmap.fit([shown(features)], config, NOW)
+    torch.save({"model_image2depth": {}}, tmp_path / "part.pth")
+    with pytest.raises(DataError, match="part.pth: not weights of the release: KeyError"):
+        modmap.fit([shown(features)], config, NOW)
+    with pytest.raises(ConfigError, match="no such file"):
+        modmap.fit([shown(features)], replace(config, weights="nowhere.pth"), NOW)
+    with pytest.raises(ConfigError, match="cross-view"):
+        modmap.fit([shown(features)], replace(config, conditioning="view"), NOW)
+
+
 def test_an_ensemble_is_the_minimum_over_models_trained_alone():
     view = replace(SMALL, conditioning="view")
-    ensemble = modmap.fit([draw()], replace(view, ensemble=3), 5, CPU)
+    ensemble = modmap.fit([draw()], replace(view, ensemble=3), Context(5, CPU))
     alone = [replace(ensemble, members=(member,)) for member in ensemble.members]
     maps = [modmap.score(head, draw(seed=1))["depth"] for head in alone]
     assert torch.equal(modmap.score(ensemble, draw(seed=1))["depth"], torch.stack(maps).amin(0))
     assert not torch.allclose(maps[0], maps[1], atol=1e-3) and not torch.allclose(maps[1], maps[2], atol=1e-3)
-    first = modmap.fit([draw()], view, 5, CPU)
+    first = modmap.fit([draw()], view, Context(5, CPU))
     assert_same_maps(modmap.score(first, draw(seed=1)), modmap.score(alone[0], draw(seed=1)))
 
 
@@ -285,6 +398,21 @@ def test_the_schedule_is_torchs_one_cycle(steps, warmup):
             torchs.step()
 
 
+def test_momentum_is_cycled_or_fixed(monkeypatch):
+    seen, adam = [], torch.optim.Adam
+
+    class Watched(adam):
+        def step(self, closure=None):
+            seen.append(self.param_groups[0]["betas"][0])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    for momentum in ("cycled", "fixed"):
+        modmap.fit([draw()], replace(SMALL, steps=5, momentum=momentum), NOW)
+    assert seen[:5] == pytest.approx([crossmodal.one_cycle(step, 5, 1e-4, 5e-4, 0.1)[1] for step in range(5)])
+    assert seen[5:] == [0.9] * 5
+
+
 def test_the_schedule_survives_few_steps():
     for steps in (1, 10):
         rates = [crossmodal.one_cycle(step, steps, 1e-4, 5e-4, 0.1)[0] for step in range(steps)]
@@ -299,7 +427,7 @@ def test_an_epoch_is_every_pair_once(monkeypatch):
         return codes(source, target, *more)
 
     monkeypatch.setattr(modmap, "view_codes", record)
-    head = modmap.fit([draw(views=3)], replace(SMALL, steps=None, epochs=2, pairs=4), 0, CPU)
+    head = modmap.fit([draw(views=3)], replace(SMALL, steps=None, epochs=2, pairs=4), NOW)
     every = sorted((source, target) for source in range(3) for target in range(3))
     assert head.losses.shape == (1, 6)
     assert sorted(seen[:9]) == sorted(seen[9:]) == every and seen[:9] != seen[9:]
@@ -310,8 +438,10 @@ def test_only_cells_whose_target_shows_the_object_are_trained_on():
     hidden = features.share == 0
     changed = replace(features, image=features.image.masked_fill(hidden[..., None], 50.0))
     config = replace(SMALL, conditioning="view")
-    assert torch.equal(modmap.fit([features], config, 0, CPU).losses, modmap.fit([changed], config, 0, CPU).losses)
-    cross = [modmap.fit([one], SMALL, 0, CPU).losses for one in (features, changed)]
+    assert torch.equal(modmap.fit([features], config, NOW).losses, modmap.fit([changed], config, NOW).losses)
+    every = replace(config, cells="all")
+    assert not torch.equal(modmap.fit([features], every, NOW).losses, modmap.fit([changed], every, NOW).losses)
+    cross = [modmap.fit([one], SMALL, NOW).losses for one in (features, changed)]
     assert not torch.equal(*cross)  # a source's background predicts a target's object
 
 
@@ -332,14 +462,14 @@ def test_cells_are_drawn_without_replacement_among_those_that_show_the_object():
 
 
 def test_as_many_cells_as_there_are_is_all_of_them():
-    losses = [modmap.fit([draw()], replace(SMALL, tokens=tokens), 0, CPU).losses for tokens in (None, 12, 1)]
+    losses = [modmap.fit([draw()], replace(SMALL, tokens=tokens), NOW).losses for tokens in (None, 12, 1)]
     assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
 
 
 @pytest.mark.parametrize("conditioning", ["none", "view", "cross-view"])
 def test_the_loss_falls_where_depth_is_a_linear_map_of_the_image(conditioning):
     config = ModMapConfig(conditioning, (32, 24), (24, 24), steps=300, learning_rate=5e-3)
-    head = modmap.fit([linear(noise=0.1)], config, 0, CPU)
+    head = modmap.fit([linear(noise=0.1)], config, NOW)
     assert head.losses.shape == (1, 300)
     assert head.losses[0, :5].mean() > 1 and head.losses[0, -5:].mean() < 0.15
     nominal = linear(noise=0.1, seed=0)
@@ -352,18 +482,18 @@ def test_the_loss_falls_where_depth_is_a_linear_map_of_the_image(conditioning):
 
 def test_seeds_decide_and_nothing_else_does():
     torch.manual_seed(1)
-    first = modmap.fit([draw()], replace(SMALL, tokens=3), 0, CPU)
+    first = modmap.fit([draw()], replace(SMALL, tokens=3), NOW)
     before = torch.random.get_rng_state()
-    second = modmap.fit([draw()], replace(SMALL, tokens=3), 0, CPU)
+    second = modmap.fit([draw()], replace(SMALL, tokens=3), NOW)
     assert torch.equal(torch.random.get_rng_state(), before)
-    other = modmap.fit([draw()], replace(SMALL, tokens=3), 1, CPU)
+    other = modmap.fit([draw()], replace(SMALL, tokens=3), Context(1, CPU))
     assert torch.equal(first.losses, second.losses) and not torch.equal(first.losses, other.losses)
     assert_same_maps(modmap.score(first, draw(seed=1)), modmap.score(second, draw(seed=1)))
 
 
 def test_a_diverging_loss_is_one_line():
     with pytest.raises(ReportedError, match="the loss became .* at step .*learning_rate"):
-        modmap.fit([draw()], replace(SMALL, steps=30, learning_rate=1e38, initial_learning_rate=1e38), 0, CPU)
+        modmap.fit([draw()], replace(SMALL, steps=30, learning_rate=1e38, initial_learning_rate=1e38), NOW)
 
 
 # Memory
@@ -410,7 +540,7 @@ def test_memory_grows_with_the_number_of_views_and_not_with_its_square(monkeypat
     peaks = {}
     for views in (4, 8, 16, 32):
         features = draw(views=views, grid=(16, 16), dims=(6, 6))
-        head = modmap.fit([features], replace(SMALL, steps=1, ensemble=2), 0, CPU)
+        head = modmap.fit([features], replace(SMALL, steps=1, ensemble=2), NOW)
         with Peak() as peak:
             modmap.score(head, features)
         peaks[views] = peak.peak
@@ -422,56 +552,79 @@ def test_memory_grows_with_the_number_of_views_and_not_with_its_square(monkeypat
 # Fitted heads that are kept
 
 
-OTHER = {  # of every setting: another value, and whether fit reads it
-    "conditioning": "view", "image_to_depth": (8, 8), "depth_to_image": (8, 8), "modulator": 5, "learning_rate": 1e-3,
-    "initial_learning_rate": 2e-4, "warmup": 0.5, "epochs": 7, "steps": 3, "pairs": 4, "tokens": 2, "ensemble": 2,
-    "sources": 2, "aggregate": "mean", "modality": "image", "view_shift": 1, "share": 0.5, "limit": 7, "projection": 2,
-}  # fmt: skip
+def other_value(config, key):
+    """Another value of a setting that works."""
+    known = {
+        "conditioning": "view", "image_to_depth": (8, 8), "depth_to_image": (8, 8), "modality": "image", "share": 0.5,
+        "limit": 7, "warmup": 0.5, "initial_learning_rate": 2e-4, "sources": 2,
+    }  # fmt: skip
+    value, kind = getattr(config, key), get_type_hints(type(config))[key]
+    if key in known:
+        return known[key]
+    if get_origin(kind) is Literal:
+        return next(choice for choice in get_args(kind) if choice != value)
+    if isinstance(value, bool):
+        return not value
+    return (value or 0) + 2 if kind in (int, int | None) else value / 2 or 0.5
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_only_settings_of_inference_and_nothing_else_are_served_by_the_same_fit(name, tmp_path):
     module, config = settings(name)
-    training = Training(["part/real"], [draw()], [0])
-    head, fits = fitted_head(module, tmp_path, config, 0, CPU, training)
+    training = [shown(draw())]
+    head, fits = fitted_head(module, tmp_path, config, NOW, training)
     assert fits == 1 and module.INFERENCE <= vars(config).keys()
-    maps, again = module.score(head, draw(seed=3)), Training(["part/real"], [draw()], [0])
-    loaded, fits = fitted_head(module, tmp_path, config, 0, CPU, again)
+    maps, again = module.score(head, draw(seed=3)), [shown(draw())]
+    loaded, fits = fitted_head(module, tmp_path, config, NOW, again)
     assert fits == 0
     assert_same_maps(module.score(loaded, draw(seed=3)), maps)
-    for key in vars(config):
+    for key in vars(config).keys() - {"weights"}:  # a file: has a test of its own
         # The modality of PatchCore decides what its bank holds.
-        changed = replace(config, **{key: OTHER[key]})
-        found, fits = fitted_head(module, tmp_path, changed, 0, CPU, training)
+        changed = replace(config, **{key: other_value(config, key)})
+        found, fits = fitted_head(module, tmp_path, changed, NOW, training)
         assert fits == (key not in module.INFERENCE), key
         assert_same_maps(module.score(found, draw(seed=3)),
-                         module.score(module.fit([draw()], changed, 0, CPU), draw(seed=3)))  # fmt: skip
+                         module.score(module.fit([draw()], changed, NOW), draw(seed=3)))  # fmt: skip
     others = {
         "seed": (1, training),
-        "features": (0, Training(["part/real"], [draw(seed=1)], [0])),
-        "share": (0, Training(["part/real"], [replace(draw(), share=draw(seed=1).share)], [0])),
-        "samples": (0, Training(["part/real", "part/more"], [draw(), draw()], [0, 0])),
-        "classes": (0, Training(["part/real", "part/more"], [draw(), draw()], [0, 1])),
+        "features": (0, [shown(draw(seed=1))]),
+        "share": (0, [shown(replace(draw(), share=draw(seed=1).share))]),
+        "samples": (0, [shown(draw()), shown(draw(), "more")]),
+        "classes": (0, [shown(draw()), shown(of_class(draw(), 1), "more")]),
     }
     for key, (seed, other) in others.items():
-        assert fitted_head(module, tmp_path, config, seed, CPU, other)[1] == 1, key
+        assert fitted_head(module, tmp_path, config, Context(seed, CPU), other)[1] == 1, key
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_one_process_fits_a_head_and_others_find_it(tmp_path, monkeypatch):
+    training, fit = [shown(draw())], modmap.fit
+
+    def watched(*arguments):
+        with pytest.raises(Busy):
+            fitted_head(modmap, tmp_path, SMALL, NOW, training, wait=False)
+        return fit(*arguments)
+
+    monkeypatch.setattr(modmap, "fit", watched)
+    assert fitted_head(modmap, tmp_path, SMALL, NOW, training, wait=False)[1] == 1
+    assert fitted_head(modmap, tmp_path, SMALL, NOW, training, wait=False)[1] == 0
+    assert [path.suffix for path in tmp_path.iterdir()] == [".pt"]
+
+
 def test_a_damaged_head_is_fitted_again(tmp_path, caplog):
-    training = Training(["part/real"], [draw()], [0])
-    head, _ = fitted_head(modmap, tmp_path, SMALL, 0, CPU, training)
+    training = [shown(draw())]
+    head, _ = fitted_head(modmap, tmp_path, SMALL, NOW, training)
     (path,) = tmp_path.glob("*.pt")
     whole = path.read_bytes()
     other = tmp_path / "other"
-    fitted_head(modmap, other, SMALL, 1, CPU, training)
+    fitted_head(modmap, other, SMALL, Context(1, CPU), training)
     (foreign,) = other.glob("*.pt")
     for content in (whole[:1000], b"", b"no head", foreign.read_bytes()):
         path.write_bytes(content)
-        again, fits = fitted_head(modmap, tmp_path, SMALL, 0, CPU, training)
+        again, fits = fitted_head(modmap, tmp_path, SMALL, NOW, training)
         assert fits == 1 and f"{path} is damaged" in caplog.text
         assert_same_maps(modmap.score(again, draw(seed=1)), modmap.score(head, draw(seed=1)))
-        assert fitted_head(modmap, tmp_path, SMALL, 0, CPU, training)[1] == 0
+        assert fitted_head(modmap, tmp_path, SMALL, NOW, training)[1] == 0
         caplog.clear()
 
 
@@ -483,9 +636,9 @@ def test_a_folder_of_heads_that_cannot_be_written_is_one_line(tmp_path, monkeypa
     monkeypatch.setattr("os.fsync", full)
     for folder, reason in (("file", "File exists"), ("full", "No space left")):
         with pytest.raises(ReportedError, match=rf"{folder}/.*{reason}.*head\.cache names another folder") as error:
-            fitted_head(modmap, tmp_path / folder, SMALL, 0, CPU, Training(["part/real"], [draw()], [0]))
+            fitted_head(modmap, tmp_path / folder, SMALL, NOW, [shown(draw())])
         assert error.value.exit_code == 1 and "\n" not in str(error.value)
-    assert not list((tmp_path / "full").iterdir())
+    assert {path.suffix for path in (tmp_path / "full").iterdir()} <= {".lock"}
 
 
 # PatchCore
@@ -502,23 +655,23 @@ def brute_force_coreset(points, count, first):
 def test_the_coreset_is_that_of_brute_force():
     for seed in range(20):
         points = torch.randn(30, 4, generator=torch.Generator().manual_seed(seed)) + 3
-        chosen = patchcore.greedy_coreset(points, 12, seed).tolist()
+        chosen = bank.greedy_coreset(points, 12, seed).tolist()
         assert chosen == brute_force_coreset(points.double().numpy(), 12, chosen[0])
 
 
 def test_the_coreset_covers_and_never_repeats():
     points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).repeat(3, 1)
-    chosen = patchcore.greedy_coreset(points, 300, 0)
+    chosen = bank.greedy_coreset(points, 300, 0)
     assert len(set(chosen.tolist())) == 300
-    assert patchcore.nearest_distance(points, points[chosen]).max() == 0  # 200 distinct points come before any twin
-    assert patchcore.greedy_coreset(points, 900, 0).tolist() == list(range(600))
+    assert bank.nearest_distance(points, points[chosen]).max() == 0  # 200 distinct points come before any twin
+    assert bank.greedy_coreset(points, 900, 0).tolist() == list(range(600))
 
 
 def test_the_projection_keeps_a_covering_coreset():
     points = torch.randn(400, 256, generator=torch.Generator().manual_seed(0))
     points[:, 4:] *= 0.01
     radius = {
-        projection: torch.cdist(points, points[patchcore.greedy_coreset(points, 40, 0, projection)]).amin(1).max()
+        projection: torch.cdist(points, points[bank.greedy_coreset(points, 40, 0, projection)]).amin(1).max()
         for projection in (0, 64)
     }
     shuffled = torch.randperm(400, generator=torch.Generator().manual_seed(1))[:40]
@@ -527,12 +680,12 @@ def test_the_projection_keeps_a_covering_coreset():
 
 def test_distances_to_the_bank_equal_brute_force(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    features, bank = torch.randn(50, 6, generator=generator) + 20, torch.randn(13, 6, generator=generator) + 20
-    features[7] = bank[3]
-    expected = np.linalg.norm(features.double().numpy()[:, None] - bank.double().numpy()[None], axis=2).min(1)
+    features, rows = torch.randn(50, 6, generator=generator) + 20, torch.randn(13, 6, generator=generator) + 20
+    features[7] = rows[3]
+    expected = np.linalg.norm(features.double().numpy()[:, None] - rows.double().numpy()[None], axis=2).min(1)
     for block in (1, 100, 2**24):
-        monkeypatch.setattr(patchcore, "BLOCK", block)
-        found = patchcore.nearest_distance(features, bank)
+        monkeypatch.setattr(bank, "BLOCK", block)
+        found = bank.nearest_distance(features, rows)
         np.testing.assert_allclose(found, expected, atol=1e-5)
         assert found[7] == 0
 
@@ -540,24 +693,44 @@ def test_distances_to_the_bank_equal_brute_force(monkeypatch):
 @pytest.mark.parametrize("modality", ["image", "depth", "both"])
 def test_patchcore_scores_its_training_cells_zero_and_never_keeps_the_background(modality):
     features = draw()
-    head = patchcore.fit([features], PatchCoreConfig(modality, share=1.0), 0, CPU)
+    head = patchcore.fit([features], PatchCoreConfig(modality, share=1.0), NOW)
     shown = features.share > 0
     assert len(head.bank) == shown.sum()
     (maps,) = patchcore.score(head, features).values()
     assert (maps[shown] == 0).all() and (maps[~shown] > 0).all()
 
 
+@pytest.mark.parametrize("modality", ["image", "both"])
+def test_a_view_left_out_is_compared_with_what_others_have_in_the_bank(modality):
+    features = draw()
+    head = patchcore.fit([features], PatchCoreConfig(modality, share=0.5), NOW)
+    found = patchcore.itself(head, features)[modality]
+    cells = bank.joined(features.image, features.depth, head.scales, modality)
+    kept = (cells[..., None, :] == head.bank).all(-1).any(-1).numpy()
+    cells, shown = cells.double().numpy(), (features.share > 0).numpy()
+    assert kept.sum() == len(head.bank) < shown.sum()
+    for view, row, column in np.ndindex(*shown.shape):
+        expected = 0.0
+        if shown[view, row, column]:
+            expected = min(
+                np.linalg.norm(cells[view, row, column] - cells[other])
+                for other in np.ndindex(*shown.shape)
+                if kept[other] and other[0] != view
+            )
+        assert float(found[view, row, column]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_patchcore_of_both_weighs_modalities_alike():
     features = draw()
     loud = replace(features, depth=features.depth * 1000)
     config = PatchCoreConfig("both", share=0.5)
-    quiet, noisy = (patchcore.score(patchcore.fit([one], config, 0, CPU), one)["both"] for one in (features, loud))
+    quiet, noisy = (patchcore.score(patchcore.fit([one], config, NOW), one)["both"] for one in (features, loud))
     torch.testing.assert_close(quiet, noisy, atol=1e-4, rtol=1e-4)
 
 
 def test_the_bank_is_bounded():
     samples = [draw(seed=seed) for seed in range(4)]
-    sizes = [len(patchcore.fit(samples, PatchCoreConfig(share=share, limit=limit), 0, CPU).bank)
+    sizes = [len(patchcore.fit(samples, PatchCoreConfig(share=share, limit=limit), NOW).bank)
              for share, limit in ((0.25, 1000), (1.0, 17), (1.0, 10**6))]  # fmt: skip
     count = sum(int((sample.share > 0).sum()) for sample in samples)
     assert sizes == [math.ceil(count / 4), 17, count]
@@ -569,7 +742,7 @@ def test_the_bank_is_bounded():
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_gives_maps_and_survives_its_state(name):
     module, config = settings(name)
-    head = module.fit([draw()], config, 0, CPU)
+    head = module.fit([draw()], config, NOW)
     features = draw(seed=3)
     maps = module.score(head, features)
     for values in maps.values():
@@ -580,17 +753,17 @@ def test_a_head_gives_maps_and_survives_its_state(name):
     file.seek(0)
     back = module.from_state(torch.load(file, weights_only=True), CPU)
     assert_same_maps(module.score(back, features), maps)
-    assert_same_maps(module.score(module.fit([draw()], config, 0, CPU), features), maps)
+    assert_same_maps(module.score(module.fit([draw()], config, NOW), features), maps)
     with pytest.raises(DataError, match=f"not the state of a {name} head") as error:
         module.from_state({key: value for key, value in head.state().items() if key != "dims"}, CPU)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", ["modmap", "patchcore"])
 def test_a_head_takes_several_classes_and_another_grid_at_inference(name):
     module, config = settings(name)
-    head = module.fit([draw(views=3), draw(views=2, seed=1)], config, 0, CPU, classes=[0, 1])
-    maps = module.score(head, draw(views=2, grid=(5, 6), seed=2), class_index=1)
+    head = module.fit([draw(views=3), of_class(draw(views=2, seed=1), 1)], config, NOW)
+    maps = module.score(head, of_class(draw(views=2, grid=(5, 6), seed=2), 1))
     assert all(values.shape == (2, 5, 6) for values in maps.values())
 
 
@@ -601,8 +774,8 @@ def test_numbers_that_are_none_are_one_line(name, part, value):
     module, config = settings(name)
     broken = draw()
     getattr(broken, part)[1, 0, 0] = value
-    head = module.fit([draw()], config, 0, CPU)
-    for call in (lambda: module.fit([draw(), broken], config, 0, CPU), lambda: module.score(head, broken)):
+    head = module.fit([draw()], config, NOW)
+    for call in (lambda: module.fit([draw(), broken], config, NOW), lambda: module.score(head, broken)):
         with pytest.raises(DataError, match=f"{part}.* of view 1 hold NaN") as error:
             call()
         assert "\n" not in str(error.value)
@@ -611,55 +784,56 @@ def test_numbers_that_are_none_are_one_line(name, part, value):
 @pytest.mark.parametrize("name", HEADS)
 def test_features_that_do_not_fit_are_one_line(name):
     module, config = settings(name)
-    head = module.fit([draw()], config, 0, CPU)
+    head = module.fit([draw()], config, NOW)
     good, empty = draw(), draw(background=2.0)
     for broken, message in (
         (draw(dims=(7, 6)), "7 image and 6 depth channels"),
         (replace(good, depth=good.depth[:2]), "must agree in views"),
         (replace(good, share=good.share[:, :2]), "must agree in views"),
         (replace(good, image=good.image[0]), "must agree in views"),
-        (SampleFeatures(*(part[:0] for part in vars(good).values())), "no view"),
+        (SampleFeatures(*(part[:0] for part in parts(good))), "no view"),
     ):
-        for call in (lambda b=broken: module.fit([good, b], config, 0, CPU), lambda b=broken: module.score(head, b)):
+        for call in (
+            lambda b=broken: module.fit([good, b], config, NOW),
+            lambda b=broken: module.score(head, b),
+        ):
             with pytest.raises(DataError, match=message) as error:
                 call()
             assert "\n" not in str(error.value)
     for samples in ([], [empty]):
         with pytest.raises(DataError, match="no training sample|shows? (an|the) object|0 training samples"):
-            module.fit(samples, config, 0, CPU)
+            module.fit(samples, config, NOW)
 
 
 def test_a_modality_that_was_not_encoded_is_missed_by_the_heads_that_need_it():
     image, depth = draw(dims=(7, 0)), draw(dims=(0, 5))
     for one in (image, depth):
         with pytest.raises(ConfigError, match="modmap .* both"):
-            modmap.fit([one], SMALL, 0, CPU)
+            modmap.fit([one], SMALL, NOW)
     for modality, one, other in (("image", image, depth), ("depth", depth, image)):
-        maps = patchcore.score(patchcore.fit([one], PatchCoreConfig(modality), 0, CPU), one)
+        maps = patchcore.score(patchcore.fit([one], PatchCoreConfig(modality), NOW), one)
         assert maps[modality].shape == one.share.shape
         for wrong in (modality, "both"):
             with pytest.raises(ConfigError, match=f"patchcore.modality {wrong}"):
-                patchcore.fit([other], PatchCoreConfig(wrong), 0, CPU)
+                patchcore.fit([other], PatchCoreConfig(wrong), NOW)
 
 
 def test_numbers_of_views_that_differ_are_one_line():
-    head = modmap.fit([draw(views=3)], SMALL, 0, CPU)
+    head = modmap.fit([draw(views=3)], SMALL, NOW)
     with pytest.raises(DataError, match="4 views, the head was fitted on 3"):
         modmap.score(head, draw(views=4))
     with pytest.raises(DataError, match="class index 1, the head was fitted on 1"):
-        modmap.score(head, draw(views=3), class_index=1)
+        modmap.score(head, of_class(draw(views=3), 1))
     with pytest.raises(DataError, match="sample 1 has 2 views, class 0 has 3"):
-        modmap.fit([draw(views=3), draw(views=2)], SMALL, 0, CPU)
+        modmap.fit([draw(views=3), draw(views=2)], SMALL, NOW)
     with pytest.raises(DataError, match=r"sample 1 has a grid of \(2, 4\), the first of \(3, 4\)"):
-        modmap.fit([draw(), draw(grid=(2, 4))], SMALL, 0, CPU)
+        modmap.fit([draw(), draw(grid=(2, 4))], SMALL, NOW)
     with pytest.raises(DataError, match=r"class indices must be 0 to C - 1"):
-        modmap.fit([draw()], SMALL, 0, CPU, classes=[1])
-    with pytest.raises(DataError, match="1 training samples with 2 class indices"):
-        modmap.fit([draw()], SMALL, 0, CPU, classes=[0, 1])
+        modmap.fit([of_class(draw(), 1)], SMALL, NOW)
     hidden = draw()
     hidden.share[2] = 0
     with pytest.raises(DataError, match="sample 1: no cell of view 2 shows the object"):
-        modmap.fit([draw(), hidden], SMALL, 0, CPU)
+        modmap.fit([draw(), hidden], SMALL, NOW)
 
 
 @pytest.mark.parametrize(
@@ -671,9 +845,9 @@ def test_numbers_of_views_that_differ_are_one_line():
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_name_their_key(change):
-    state = modmap.fit([draw()], SMALL, 0, CPU).state()
+    state = modmap.fit([draw()], SMALL, NOW).state()
     for call in (
-        lambda: modmap.fit([draw()], replace(SMALL, **change), 0, CPU),
+        lambda: modmap.fit([draw()], replace(SMALL, **change), NOW),
         lambda: modmap.from_state(state | {"config": state["config"] | change}, CPU),
     ):
         with pytest.raises(ConfigError, match=f"modmap.*{next(iter(change))}"):
@@ -681,7 +855,7 @@ def test_settings_that_cannot_work_name_their_key(change):
 
 
 def test_more_sources_than_views_are_refused():
-    head = modmap.fit([draw()], replace(SMALL, sources=4), 0, CPU)
+    head = modmap.fit([draw()], replace(SMALL, sources=4), NOW)
     with pytest.raises(ConfigError, match="modmap.sources 4 exceeds the 3 views"):
         modmap.score(head, draw())
 
@@ -689,7 +863,7 @@ def test_more_sources_than_views_are_refused():
 def test_settings_of_patchcore_that_cannot_work_are_refused():
     for change in ({"share": 0.0}, {"share": 1.5}, {"limit": 0}, {"projection": -1}):
         with pytest.raises(ConfigError, match=f"patchcore.*{next(iter(change))}"):
-            patchcore.fit([draw()], PatchCoreConfig(**change), 0, CPU)
+            patchcore.fit([draw()], PatchCoreConfig(**change), NOW)
 
 
 def test_the_settings_can_be_written_on_a_command_line():
@@ -698,3 +872,67 @@ def test_the_settings_can_be_written_on_a_command_line():
     assert (config.conditioning, config.sources, config.tokens) == ("view", 5, 64)
     assert list(config.image_to_depth) == [16, 8]
     assert parse(ModMapConfig, [], "test").sources == "all" and parse(PatchCoreConfig, [], "test").modality == "both"
+
+
+# Template
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@pytest.mark.parametrize("reach", [0, 1])
+def test_a_template_is_the_nearest_of_the_same_places_in_float64(distance, reach):
+    train, tested = [draw(), draw(seed=1)], draw(seed=2)
+    head = template.fit(train, template.Config(distance=distance, reach=reach), NOW)
+    maps = template.score(head, tested)
+    for modality in ("image", "depth"):
+        kept = [getattr(part, modality).double().numpy() for part in train]
+        shown = np.concatenate([part[one.share.numpy() > 0] for part, one in zip(kept, train, strict=True)])
+        spread = math.sqrt(((shown - shown.mean(0)) ** 2).sum(1).mean())
+        given = getattr(tested, modality).double().numpy()
+        for place in np.ndindex(given.shape[:3]):
+            view, row, column = place
+            found = []
+            for part in kept:
+                for down in range(max(row - reach, 0), min(row + reach + 1, given.shape[1])):
+                    for across in range(max(column - reach, 0), min(column + reach + 1, given.shape[2])):
+                        one, other = given[place], part[view, down, across]
+                        lengths = np.linalg.norm(one) * np.linalg.norm(other)
+                        both = np.linalg.norm(one - other) / spread, 1 - one @ other / lengths
+                        found.append(both[distance == "cosine"])
+            assert float(maps[modality][place]) == pytest.approx(min(found), rel=1e-5, abs=1e-6)
+
+
+def test_a_template_scores_its_training_instances_zero():
+    head = template.fit([draw(), draw(seed=1)], template.Config(), NOW)
+    assert not any(part.any() for part in template.score(head, draw(seed=1)).values())
+
+
+# A fit that is killed
+
+
+def test_a_fit_that_was_killed_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "EVERY_SECONDS", 0.0)
+    config = replace(SMALL, steps=9, tokens=3, pairs=4)
+    whole = modmap.fit([draw()], config, NOW)
+    real, steps = modmap.one_cycle, []
+
+    def killed(step, *rest):
+        steps.append(step)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return real(step, *rest)
+
+    monkeypatch.setattr(modmap, "one_cycle", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fitted_head(modmap, tmp_path, config, NOW, [shown(draw())])
+    assert len(list(tmp_path.glob("*.member0"))) == 1
+    head, fits = fitted_head(modmap, tmp_path, config, NOW, [shown(draw())])
+    assert fits == 1 and steps == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert torch.equal(head.losses, whole.losses)
+    assert_same_maps(modmap.score(head, draw(seed=3)), modmap.score(whole, draw(seed=3)))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".pt"]
+
+
+def test_a_damaged_checkpoint_of_a_fit_is_left_aside(tmp_path, caplog):
+    path = tmp_path / "state"
+    path.write_bytes(b"no state")
+    assert resume.Keeper(path).restore() is None and "state is damaged" in caplog.text

@@ -1,5 +1,6 @@
 """Readers and writers of MVTec AD, MVTec LOCO, MVTec AD 2 and VisA: every known trap, in folders and in archives."""
 
+import csv
 import hashlib
 import io
 import shutil
@@ -379,6 +380,52 @@ def test_visa_follows_the_chosen_table(trees):
     assert splits["1cls"] == {("train", "good"): 4, ("test", "good"): 6, ("test", "anomalous"): 6}
     assert splits["none"] == {("all", "good"): 10, ("all", "anomalous"): 6}
     assert splits["2cls_highshot"][("train", "anomalous")] > splits["2cls_fewshot"][("train", "anomalous")] > 0
+
+
+def arranged(root: Path, out: Path, table: str) -> Path:
+    """What the dataset's own script makes of a tree and one of its tables."""
+    rows = list(csv.DictReader((root / "split_csv" / f"{table}.csv").read_text().splitlines()))
+    for row in rows:
+        label = {"normal": "good", "anomaly": "bad"}[row["label"]]
+        category, split = out / table / row["object"], row["split"]
+        image = category / split / label / row["image"].rpartition("/")[2]
+        image.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / row["image"], image)
+        if label == "bad":
+            parts = ("ground_truth", "bad") if table == "1cls" else ("ground_truth", split, "bad")
+            mask = category.joinpath(*parts, row["mask"].rpartition("/")[2])
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((np.array(Image.open(root / row["mask"])) > 0).astype(np.uint8) * 255).save(mask)
+    return out
+
+
+@pytest.mark.parametrize("table", ["1cls", "2cls_highshot", "2cls_fewshot"])
+@pytest.mark.parametrize("inside", ["", "{table}"])
+def test_visa_as_its_own_script_arranges_it(trees, tmp_path, table, inside):
+    out = arranged(trees["visa"], tmp_path / "VisA_pytorch", table)
+    found = items("visa", out / inside.format(table=table), VisaOptions(split_csv=table))
+    raw = [item for item in items("visa", trees["visa"], VisaOptions(split_csv=table)) if item.split != "unlisted"]
+
+    def told(items):
+        return sorted((item.category, item.split, item.label, item.stem, "mask" in item.extra) for item in items)
+
+    assert told(found) == told(raw) and sample_keys(found) and {item.label for item in found} == {"good", "anomalous"}
+    by_place = {(item.category, item.split, item.label, item.stem): item for item in raw}
+    for item in found:
+        twin = by_place[item.category, item.split, item.label, item.stem]
+        assert np.array_equal(visa.read_image(item), visa.read_image(twin))
+        if "mask" in item.extra:
+            assert (out / table / item.extra["mask"]).is_file()
+
+
+def test_visa_arranged_by_another_table_is_refused(trees, tmp_path):
+    out = arranged(trees["visa"], tmp_path / "VisA_pytorch", "2cls_fewshot")
+    with pytest.raises(DataError, match="is arranged by 2cls_fewshot: visa.split_csv 1cls is another"):
+        items("visa", out)
+    arranged(trees["visa"], out, "1cls")
+    assert all("bad" not in item.source or item.split == "test" for item in items("visa", out))
+    one = items("visa", out / "1cls" / items("visa", out)[0].category, VisaOptions(split_csv="none"))
+    assert {item.split for item in one} == {"all"}
 
 
 def test_visa_one_category_needs_no_table_only_without_splits(tmp_path):

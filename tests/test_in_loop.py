@@ -16,11 +16,11 @@ from test_pretrain import ROOT, assert_same, command, copy
 from dino_depth.config import TrainConfig
 from dino_depth.errors import ConfigError, DataError, Interrupted
 from dino_depth.pretrain import checkpoint, in_loop
-from dino_depth.pretrain.export import ExportConfig, export
 from dino_depth.pretrain.in_loop import Best, Evaluations, choose_checkpoint, find_best, read_evaluations
 from dino_depth.pretrain.probe import ProbeConfig, probe
 from dino_depth.pretrain.readout import FIGURES
 from dino_depth.pretrain.train import pretrain
+from dino_depth.publish.export import ExportConfig, export
 
 EVERY = 3  # of the 8 steps of the tiny run: steps 0, 3, 6 and 8 are measured
 MEASURED = [0, 3, 6, 8]

@@ -19,11 +19,13 @@ from test_report import Checker
 from data_prep import inspect as inspect_module
 from data_prep import mvtec3d, mvtec_ad, visa
 from data_prep.check import CheckConfig, check
+from data_prep.folder import FolderOptions
 from data_prep.inspect import THUMBNAIL, InspectConfig, inspect
 from data_prep.manifest import count, digest_file, digest_json
+from data_prep.shards import PrepareConfig, prepare
 from data_prep.shrink import shrink
 from data_prep.summary import PAPER, Histogram, count_table, drop_groups, histogram, paper_table
-from dino_depth.depth import UNIT, DepthMap, decode_png, encode_png
+from dino_depth.depth import UNIT, DepthMap, Normalization, decode_png, encode_png, normalize
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.licences import non_commercial
 from dino_depth.picture import MISSING, VIRIDIS, colour, data_uri
@@ -163,6 +165,33 @@ def test_page_says_what_manifest_and_samples_say(finished):
         manifest["config_hash"],
     ):  # fmt: skip
         assert expected in text, expected
+
+
+def test_page_says_the_range_of_the_input(tmp_path):
+    """Of every source apart; a map of twice the relief doubles what lies well below the knee."""
+    rows, columns = np.mgrid[:40, :50] / 50
+    sources = {"low": 0.002, "high": 0.5}
+    for name, relief in sources.items():
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        for index in range(3):
+            depth = 1 + 0.1 * columns - relief * (np.hypot(rows - 0.4, columns - 0.1 * index - 0.3) < 0.1)
+            np.save(tmp_path / "raw" / name / f"{index}.npy", depth.astype(np.float32))
+        options = FolderOptions(unit="m", split="train", name=name)
+        prepare(PrepareConfig("folder", str(tmp_path / "raw" / name), str(tmp_path / name), 1, folder=options))
+        inspect(InspectConfig(str(tmp_path / name), str(tmp_path / f"{name}.html")))
+        text = Checker((tmp_path / f"{name}.html").read_text()).text
+        found = re.search(r"in the 3 maps shown below: ([-\d.]+) to ([-\d.]+); in a middle one 98 % .* between", text)
+        values = [normalize(sample_of(tmp_path / name, index), Normalization()) for index in range(3)]
+        assert float(found[1]) == pytest.approx(min(each.min() for each in values), abs=0.006)
+        assert float(found[2]) == pytest.approx(max(each.max() for each in values), abs=0.006)
+        assert (float(found[2]) > 3) == (name == "high")
+
+
+def sample_of(folder, index) -> DepthMap:
+    with tarfile.open(folder / "depth-000000.tar") as tar:
+        names = sorted(name for name in tar.getnames() if name.endswith(".png"))
+        meta = json.load(tar.extractfile(names[index].removesuffix(".depth.png") + ".json"))
+        return decode_png(tar.extractfile(names[index]).read(), meta["near"], meta["far"])
 
 
 def test_page_needs_nothing_else(finished):

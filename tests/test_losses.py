@@ -35,6 +35,16 @@ def test_sinkhorn_equals_the_algorithm(samples, prototypes, temperature, dtype):
     assert torch.allclose(sinkhorn(logits, temperature, 3).double(), expected, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("iterations", [0, 3])
+def test_sinkhorn_is_computed_in_float32_inside_autocast(iterations):
+    logits = torch.randn(48, 200, generator=torch.Generator().manual_seed(3)) * 0.3
+    outside = sinkhorn(logits, 0.04, iterations)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = sinkhorn(logits, 0.04, iterations)
+    assert torch.equal(inside, outside)
+    torch.testing.assert_close(inside.sum(1), torch.ones(48), atol=1e-5, rtol=0)
+
+
 def test_sinkhorn_without_iterations_is_the_softmax():
     logits = torch.randn(5, 9)
     assert torch.allclose(sinkhorn(logits, 0.1, 0), (logits / 0.1).softmax(1))
@@ -132,11 +142,11 @@ def tiny_config() -> PretrainConfig:
     return config
 
 
-def tiny_batch(maps=3) -> Batch:
+def tiny_batch(maps=3, partners=None) -> Batch:
     masks = torch.zeros(maps, 2, 4, dtype=torch.bool)
     masks[0, 1, :2] = masks[2, 0, 1] = masks[1, 0, 3] = True
     crops = torch.randn(maps, 2, 1, 28, 28), torch.randn(maps, 3, 1, 14, 14)
-    return Batch.make(*crops, masks, torch.device("cpu"), tiny_config())
+    return Batch.make(*crops, masks, torch.device("cpu"), tiny_config(), partners=partners)
 
 
 def test_student_losses_equal_the_published_pairing():
@@ -183,6 +193,45 @@ def test_student_losses_equal_the_published_pairing():
     assert found["koleo"].item() == pytest.approx(spread.item(), rel=1e-4)
     expected = found["dino"] + found["ibot"] + 0.1 * found["koleo"]
     assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_dense_loss_pairs_patches_of_one_place():
+    """Pair by pair in float64: a student's patch faces the teacher's assignment of its partner in the other crop."""
+    config, maps = tiny_config(), 3
+    config.loss.dense_weight = 0.7
+    partners = torch.tensor(
+        [[[2, -1, 0, 1], [3, 3, -1, -1]], [[-1] * 4, [0, 1, 2, 3]], [[1, 1, 1, 1], [-1, 0, -1, -1]]]
+    )
+    batch = tiny_batch(maps, partners)
+    student, teacher = Networks(config), Networks(config)
+    torch.nn.init.normal_(student.backbone.mask_token)
+    targets = teacher_targets(teacher, batch, 0.05, 3)
+    found = student_losses(student, batch, targets, config)
+    student, teacher = student.double(), teacher.double()
+    crops = batch.global_crops.double()
+    taught = teacher.backbone.forward_features(crops)[:, 1:]
+    seen = student.backbone.norm(student.backbone.blocks(student.backbone.embed(crops, batch.masks)))[:, 1:]
+    wanted, rows, counts = [], [], []
+    for crop in range(2):
+        for image in range(maps):
+            pairs = [(patch, other) for patch, other in enumerate(partners[image, crop].tolist()) if other >= 0]
+            for patch, other in pairs:
+                rows.append(seen[crop * maps + image, patch])
+                wanted.append(taught[(1 - crop) * maps + image, other])
+                counts.append(len(pairs))
+    head = teacher.ibot_head
+    wanted = sinkhorn_by_the_book(head(torch.stack(wanted)).double() @ head.prototypes().T, 0.05, 3)
+    assert torch.allclose(targets.paired.double(), wanted, atol=1e-5)
+    head = student.ibot_head
+    given = F.log_softmax(head(torch.stack(rows)).double() @ head.prototypes().T / 0.1, -1)
+    expected = (-(wanted * given).sum(1) / torch.tensor(counts)).sum() / (2 * maps)
+    assert found["dense"].item() == pytest.approx(expected.item(), rel=1e-5)
+    whole = found["dino"] + found["ibot"] + 0.1 * found["koleo"] + 0.7 * found["dense"]
+    assert found["loss"].item() == pytest.approx(whole.item(), rel=1e-6)
+    plain = student_losses(
+        student.float(), tiny_batch(), teacher_targets(teacher.float(), tiny_batch(), 0.05, 3), config
+    )
+    assert plain.keys() == {"loss", "dino", "ibot", "koleo"}
 
 
 def test_every_student_parameter_learns():

@@ -77,7 +77,8 @@ def test_aupro_equals_brute_force_over_every_threshold(dimensions, levels):
         scores, mask = random_sample(random, shape, levels, random.uniform(0.05, 0.4))
         scores = scores.astype(random.choice([np.float32, np.float64]))
         limit = random.choice([0.01, 0.05, 0.3, 1.0, random.uniform(0.001, 1)])
-        connectivity = random.choice([None, *RANKS[dimensions]])
+        # In three dimensions it is what says that they are a volume.
+        connectivity = random.choice([*([None] if dimensions == 2 else []), *RANKS[dimensions]])
         normal = random.random(shape) < 0.7 if random.random() < 0.5 else None
         weights = random.integers(0, 4, shape) + mask.astype(float) if random.random() < 0.5 else None
         if not mask.any() or not (~mask if normal is None else normal & ~mask).any():
@@ -105,9 +106,60 @@ def test_pooled_aupro_equals_brute_force_also_with_samples_without_defects(level
 def test_labels_are_components_whatever_touches():
     random = np.random.default_rng(0)
     scores, labels = random.normal(size=(9, 9)), np.zeros((9, 9), np.int16)
-    labels[2:4, 2:4], labels[4:6, 2:4], labels[0, 8] = 1, 2, 1
+    labels[2:4, 2:4], labels[4:7, 2:6] = 1, 2
     assert aupro(scores, labels, limit=0.3) == pytest.approx(brute_force([scores], [labels], 0.3), abs=1e-9)
     assert aupro(scores, labels, limit=0.3) != aupro(scores, labels > 0, limit=0.3)
+    labels[0, 8] = 1
+    found = aupro(scores, labels, limit=0.3, truth="labels")
+    assert found == pytest.approx(brute_force([scores], [labels], 0.3), abs=1e-9)
+    with pytest.raises(DataError, match="label 1 is in 2 parts: a mask must be boolean, or say truth='mask'"):
+        aupro(scores, labels, limit=0.3)
+
+
+def test_a_type_does_not_decide_silently():
+    """0 and 1 in integers are no longer a single component: they are refused, or told to be a mask."""
+    random = np.random.default_rng(4)
+    scores, masks = (
+        list(column) for column in zip(*[random_sample(random, (9, 11), 0) for _ in range(4)], strict=True)
+    )
+    expected = aupro(scores, masks, limit=0.3)
+    for dtype in (np.uint8, np.int64):
+        integers = [mask.astype(dtype) for mask in masks]
+        with pytest.raises(DataError, match="label 1 is in .* parts"):
+            aupro(scores, integers, limit=0.3)
+        assert aupro(scores, integers, limit=0.3, truth="mask") == expected
+        assert aupro(scores, [255 * mask for mask in integers], limit=0.3, truth="mask") == expected
+        assert aupro(scores, integers, limit=0.3, truth="labels") != expected
+    whole = np.zeros((9, 11), np.uint8)
+    whole[2:5, 3:6] = 1
+    assert aupro(scores[0], whole, limit=0.3) == aupro(scores[0], whole > 0, limit=0.3)
+    assert aupro(scores[0], 0 * whole + np.eye(9, 11, dtype=int), limit=0.3) > 0  # corners touch
+
+
+def test_a_stack_of_images_is_told_from_a_volume():
+    random = np.random.default_rng(5)
+    scores, masks = zip(*[random_sample(random, (8, 9), 0) for _ in range(5)], strict=True)
+    stack, truth = np.stack(scores), np.stack(masks)
+    normal, weights = random.random(stack.shape) < 0.8, random.integers(1, 3, stack.shape)
+    with pytest.raises(
+        DataError,
+        match=r"\(5, 8, 9\) may be one volume or many images: connectivity 26",
+    ):
+        aupro(stack, truth)
+    for connectivity in (4, 8):
+        several = {"connectivity": connectivity, "limit": 0.3}
+        expected = aupro(list(scores), list(masks), normal=list(normal), weights=list(weights), **several)
+        assert aupro(stack, truth, normal=normal, weights=weights, **several) == expected
+        assert aupro(stack[:, None], truth[:, None].astype(int), truth="mask", **several) == aupro(
+            list(scores), list(masks), **several
+        )
+    assert aupro(stack, truth, connectivity=26, limit=0.3) != aupro(stack, truth, connectivity=8, limit=0.3)
+    with pytest.raises(DataError, match="integers of shape .* say truth='labels' of components, or 'mask'"):
+        aupro(stack, truth.astype(int))
+    with pytest.raises(DataError, match="stacks of images differ in shape"):
+        aupro(stack, truth, normal=normal[:4], connectivity=8)
+    with pytest.raises(ConfigError, match="truth must be one of auto, mask, labels, got 'masks'"):
+        aupro(stack, truth, truth="masks")
 
 
 def test_an_element_of_weight_two_counts_as_two():
@@ -123,8 +175,8 @@ def test_perfect_scores_give_one_and_inverted_ones_zero():
     random = np.random.default_rng(2)
     mask = random_sample(random, (20, 20, 20), 0)[1]
     for limit in (0.01, 0.3, 1.0):
-        assert aupro(mask * 1.0, mask, limit=limit) == pytest.approx(1, abs=1e-12)
-        assert aupro(mask * -1.0, mask, limit=limit) == pytest.approx(0, abs=1e-12)
+        assert aupro(mask * 1.0, mask, limit=limit, connectivity=26) == pytest.approx(1, abs=1e-12)
+        assert aupro(mask * -1.0, mask, limit=limit, connectivity=26) == pytest.approx(0, abs=1e-12)
     assert auroc(mask * 1.0, mask) == 1 and auroc(mask * -1.0, mask) == 0
 
 
@@ -280,8 +332,8 @@ def test_99_thresholds_cannot_resolve_one_percent():
     scores, mask = np.zeros(shape), np.zeros(shape, bool)
     scores[tuple(index.T)], mask[tuple(defect.T)] = random.random(len(index)) + 1e-6, True
     share = (len(index) - len(defect)) / mask.size
-    assert aupro(scores, mask, thresholds=99) == pytest.approx(0.49, abs=0.01)
-    assert aupro(scores, mask) == pytest.approx(1 - share / 0.02, abs=0.08)
+    assert aupro(scores, mask, thresholds=99, connectivity=26) == pytest.approx(0.49, abs=0.01)
+    assert aupro(scores, mask, connectivity=26) == pytest.approx(1 - share / 0.02, abs=0.08)
 
 
 @pytest.mark.parametrize("levels", [0, 4])
@@ -437,4 +489,4 @@ def test_metrics_load_nothing_of_the_rest_of_the_project():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {"dino_depth.anomaly", "dino_depth.anomaly.metrics", "dino_depth.anomaly.regions", "dino_depth.errors"}
-    assert set(done.stdout.split()) == loaded
+    assert set(done.stdout.split()) == loaded | {"dino_depth.transformers_hooks"}  # which waits for transformers

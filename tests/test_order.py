@@ -13,7 +13,7 @@ from dino_depth.config import DataConfig, PretrainConfig, load_config, parse, sa
 from dino_depth.errors import ConfigError
 from dino_depth.pretrain import loading, train
 from dino_depth.pretrain import order as orders
-from dino_depth.pretrain.order import DATASET, SCENE, EndlessOrder, epoch_shares
+from dino_depth.pretrain.order import DATASET, SCENE, WINDOW, EndlessOrder, epoch_shares
 from dino_depth.pretrain.train import pretrain
 
 
@@ -42,8 +42,28 @@ def scenes() -> list[dict]:
     return described
 
 
+class Described(list):
+    """Descriptions with the columns that an order looks at; three maps a shard."""
+
+    def names(self, name):
+        return sorted({meta[name] for meta in self})
+
+    def column(self, name):
+        if name == "scene":
+            keys = [meta["group"] and (meta["dataset"], meta["category"], meta["group"]) for meta in self]
+            known = [None, *dict.fromkeys(key for key in keys if key)]
+            return np.array([known.index(key) for key in keys], np.uint64) << np.uint64(59)
+        if name == "shard":
+            return np.arange(len(self), dtype=np.int32) // 3
+        return np.array([self.names(name).index(meta[name]) for meta in self], np.int32)
+
+
 def permutation(*key, count: int) -> list[int]:
     return np.random.default_rng(list(key)).permutation(count).tolist()
+
+
+def permutation_of_pool(seed: int, cycle: int, number: int, members: list[int]) -> list[int]:
+    return [members[place] for place in permutation(seed, cycle, number, DATASET, count=len(members))]
 
 
 def slow_sequence(described: list[dict], data: DataConfig, seed: int, epochs: int) -> list[int]:
@@ -80,7 +100,7 @@ def slow_sequence(described: list[dict], data: DataConfig, seed: int, epochs: in
     def endless(number: int, members: list[int]):
         cycle = 0
         while True:
-            yield from (members[place] for place in permutation(seed, cycle, number, DATASET, count=len(members)))
+            yield from permutation_of_pool(seed, cycle, number, members)
             cycle += 1
 
     following = {name: endless(number, of[name]) for number, name in enumerate(names)}
@@ -111,32 +131,88 @@ SETTINGS = {
 }
 
 
+def sorted_by_windows(order: list[int], shards: list[int], window: int, key: list[int]) -> list[int]:
+    """The definition in plain lists: shards in a random order, cut into windows, whose units keep their order."""
+    known = sorted(set(shards))
+    drawn = [known[permutation(*key, count=len(known)).index(place)] for place in range(len(known))]
+    windows = [drawn[start : start + window] for start in range(0, len(drawn), window)]
+    return [unit for shown in windows for unit in order if shards[unit] in shown]
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 100])
+@pytest.mark.parametrize("mixing", [{}, {"a": 0.5, "b": 0.25, "c": 0.25}])
+def test_windows_are_the_definition(monkeypatch, window, mixing):
+    described = Described(samples(a=7, b=12, c=3))
+    shards = described.column("shard").tolist()
+    order = EndlessOrder(described, DataConfig(window=window, mixing=mixing), 6)
+    if not mixing:
+        expected = [
+            unit
+            for epoch in range(5)
+            for unit in sorted_by_windows(permutation(6, epoch, count=22), shards, window, [6, epoch, 0, WINDOW])
+        ]
+    else:
+        plain = permutation_of_pool
+
+        def windowed(seed, cycle, number, members):
+            drawn = plain(seed, cycle, number, members)
+            own = [shards[unit] for unit in members]
+            places = sorted_by_windows([members.index(u) for u in drawn], own, window, [seed, cycle, number, WINDOW])
+            return [members[place] for place in places]
+
+        monkeypatch.setattr(f"{__name__}.permutation_of_pool", windowed)
+        expected = slow_sequence(described, DataConfig(mixing=mixing), 6, 5)
+    assert [order[position] for position in range(5 * 22)] == expected
+
+
+def test_windows_read_every_map_once_and_few_shards_at_a_time():
+    described = Described(samples(a=300))
+    shards = described.column("shard")
+    for scenes_too in (False, True):
+        order = EndlessOrder(described, DataConfig(window=4, one_per_group=scenes_too), 0)
+        epochs = [[order[300 * epoch + place] for place in range(300)] for epoch in range(3)]
+        assert all(sorted(epoch) == list(range(300)) for epoch in epochs)
+        # 12 maps a window, of 4 shards, in an order that is another one in every window and epoch.
+        windows = [tuple(epoch[start : start + 12]) for epoch in epochs for start in range(0, 300, 12)]
+        assert all(len(set(shards[list(shown)])) == 4 for shown in windows)
+        assert len(set(windows)) == len(windows) and len({frozenset(shown) for shown in windows}) > 70
+        assert sum(list(shown) == sorted(shown) for shown in windows) == 0
+    with pytest.raises(ConfigError, match="data.window must be 0 or a number of shards, got -1"):
+        EndlessOrder(described, DataConfig(window=-1), 0)
+
+
+def test_half_the_memory_is_the_same_permutation():
+    for count in (1, 2, 7, 1000, 70_001):
+        assert np.array_equal(orders.epoch_order(count, 3, 5), np.random.default_rng([3, 5]).permutation(count))
+    assert orders.epoch_order(10, 0, 0).dtype == np.int32
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_order_is_the_definition_played_from_the_start(name, seed):
     described, data = SETTINGS[name]
-    order = EndlessOrder(described, data, seed)
+    order = EndlessOrder(Described(described), data, seed)
     assert [order[p] for p in range(40 * order.count)] == slow_sequence(described, data, seed, 40)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_position_holds_the_same_map_whoever_asks_and_whenever(name):
     described, data = SETTINGS[name]
-    order = EndlessOrder(described, data, 5)
+    order = EndlessOrder(Described(described), data, 5)
     expected = [order[p] for p in range(12 * order.count)]
     positions = list(range(len(expected)))
     random.Random(2).shuffle(positions)
     moved = pickle.loads(pickle.dumps(order))
     assert [moved[p] for p in positions] == [expected[p] for p in positions]
     for start in (1, order.count - 1, 7 * order.count + 1):
-        resumed = EndlessOrder(described, data, 5)
+        resumed = EndlessOrder(Described(described), data, 5)
         assert [resumed[p] for p in range(start, len(expected))] == expected[start:]
 
 
 def test_the_last_two_epochs_are_kept_and_no_more(monkeypatch):
     built, build = [], orders.epoch_order
     monkeypatch.setattr(orders, "epoch_order", lambda *key: built.append(key[-1]) or build(*key))
-    order = EndlessOrder(samples(a=7, b=12), DataConfig(), 0)
+    order = EndlessOrder(Described(samples(a=7, b=12)), DataConfig(), 0)
     for place in range(19):
         order[3 * 19 + place], order[4 * 19 + place]
     assert built == [3, 4]
@@ -147,15 +223,15 @@ def test_the_last_two_epochs_are_kept_and_no_more(monkeypatch):
 @pytest.mark.parametrize("one_per_group", [False, True])
 def test_without_weights_and_scenes_the_order_is_what_it_was(one_per_group):
     described = samples(a=7, b=12)
-    order, before = EndlessOrder(described, DataConfig(one_per_group=one_per_group), 4), OrderBefore(19, 4)
+    order, before = EndlessOrder(Described(described), DataConfig(one_per_group=one_per_group), 4), OrderBefore(19, 4)
     assert [order[p] for p in range(100)] == [before[p] for p in range(100)]
-    unused = EndlessOrder(scenes(), DataConfig(), 4)
+    unused = EndlessOrder(Described(scenes()), DataConfig(), 4)
     assert [unused[p] for p in range(100)] == [OrderBefore(30, 4)[p] for p in range(100)]
 
 
 def test_no_map_repeats_before_its_dataset_is_through():
     described, data = SETTINGS["weights"]
-    order = EndlessOrder(described, data, 0)
+    order = EndlessOrder(Described(described), data, 0)
     drawn = [order[p] for p in range(30 * order.count)]
     for name, size in (("a", 7), ("b", 12), ("c", 3)):
         own = [index for index in drawn if described[index]["dataset"] == name]
@@ -166,7 +242,7 @@ def test_no_map_repeats_before_its_dataset_is_through():
 
 def test_an_epoch_holds_exactly_the_shares_and_mixes_them():
     described, data = SETTINGS["weights"]
-    order = EndlessOrder(described, data, 0)
+    order = EndlessOrder(Described(described), data, 0)
     epochs = [[described[order[22 * e + p]]["dataset"] for p in range(22)] for e in range(50)]
     # 22 visits: 11, 5.5 and 5.5, of which the tie's one goes to the first name.
     assert all(Counter(epoch) == {"a": 11, "b": 6, "c": 5} for epoch in epochs)
@@ -194,7 +270,7 @@ def test_weights_by_size_are_the_default_shares():
 
 def test_over_epochs_every_map_of_a_scene_is_seen_equally_often():
     described = scenes()
-    order = EndlessOrder(described, DataConfig(one_per_group=True), 0)
+    order = EndlessOrder(Described(described), DataConfig(one_per_group=True), 0)
     assert order.count == 15
     counts = Counter(order[p] for p in range(60 * order.count))  # 60 divides by every scene's size
     keys = [(meta["dataset"], meta["category"], meta["group"]) for meta in described]
@@ -220,7 +296,7 @@ def test_over_epochs_every_map_of_a_scene_is_seen_equally_often():
 )
 def test_weights_that_cannot_be_followed_are_one_line(mixing, expected):
     with pytest.raises(ConfigError, match=expected) as error:
-        EndlessOrder(samples(lit=4, visa=6), DataConfig(mixing=mixing), 0)
+        EndlessOrder(Described(samples(lit=4, visa=6)), DataConfig(mixing=mixing), 0)
     assert "\n" not in str(error.value)
 
 
@@ -263,7 +339,7 @@ def test_only_a_table_takes_keys_of_the_users_own(tmp_path: Path, data, expected
 def test_two_ranks_share_out_exactly_what_one_reads(tiny, monkeypatch):
     tiny.train.batch, tiny.train.accumulate, tiny.train.steps = 8, 2, 20
     described, data = SETTINGS["weighted scenes"]
-    order = EndlessOrder(described, data, 0)
+    order = EndlessOrder(Described(described), data, 0)
     monkeypatch.setattr(loading.distributed, "world_size", lambda: 2)
     read = [[] for _ in range(tiny.train.steps)]
     for rank in range(2):
@@ -280,19 +356,19 @@ def test_training_follows_the_weights_and_refuses_before_it_makes_a_folder(tiny,
         pretrain(tiny)
     assert not Path(tiny.out).exists()
     shards = train.DepthShards(tiny.data.shards, tiny.data.splits)
-    (name,) = {entry.meta["dataset"] for entry in shards.entries}
+    (name,) = shards.names("dataset")
     tiny.data.mixing, tiny.train.steps, drawn = {name: 2.0}, 2, []
     read = train.DepthShards.sample
     monkeypatch.setattr(train.DepthShards, "sample", lambda self, index: drawn.append(index) or read(self, index))
     pretrain(tiny)
-    order = EndlessOrder([entry.meta for entry in shards.entries], tiny.data, tiny.train.seed)
+    order = EndlessOrder(shards, tiny.data, tiny.train.seed)
     assert drawn == [order[position] for position in range(16)]
 
 
 @pytest.mark.parametrize("before, now", [(True, False), (False, True)])
 def test_a_resumed_run_refuses_weights_that_came_or_went(tiny, before, now):
     tiny.train.steps = 2
-    (name,) = {entry.meta["dataset"] for entry in train.DepthShards(tiny.data.shards).entries}
+    (name,) = train.DepthShards(tiny.data.shards).names("dataset")
     tiny.data.mixing = {name: 1.0} if before else {}
     pretrain(tiny)
     tiny.data.mixing, tiny.resume = {name: 1.0} if now else {}, True

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from dino_depth import cli
 from dino_depth.config import HealthConfig, PretrainConfig, save_config
 from dino_depth.errors import ConfigError, DataError, GateError, Interrupted, ReportedError
 from dino_depth.pretrain import checkpoint, loading, student_teacher, train
@@ -206,6 +208,36 @@ def test_three_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tiny, monk
     assert all(torch.isfinite(value).all() for value in final_state(tiny.out)["student"].values())
 
 
+@pytest.mark.parametrize("poisoned, last_good", [({4, 5, 6}, 4), ({2, 3, 4}, 2)])
+def test_steps_between_logged_ones_are_judged_too(tiny, monkeypatch, poisoned, last_good):
+    """A step is looked at when the next one is queued, or where something is written."""
+    _poison(monkeypatch, poisoned | {0})
+    config = copy(tiny, tiny.out, train={"log_every": 100}, health={"every": 100})
+    where = rf"step-{last_good:08d}\.pt"
+    with pytest.raises(ReportedError, match=f"step {max(poisoned)}: loss not finite 3 times in a row; .*{where}"):
+        pretrain(config)
+    log = Path(tiny.out, "run.log").read_text()
+    assert [int(number) for number in re.findall(r"step (\d+) skipped: loss nan", log)] == sorted(poisoned | {0})
+
+
+def test_what_is_logged_changes_nothing(tiny, tmp_path, uninterrupted):
+    seldom = {"log_every": 5, "checkpoint_every": 3}
+    pretrain(copy(tiny, tmp_path / "seldom", train=seldom))
+    assert_same(final_state(tmp_path / "seldom"), uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_ends_the_run_at_once(tiny, monkeypatch, uninterrupted, number):
+    make_loader = train.make_loader
+    monkeypatch.setattr(train, "make_loader", lambda *arguments: signal.raise_signal(number))
+    with pytest.raises(Interrupted, match=f"before the first step by {signal.Signals(number).name}"):
+        pretrain(tiny)
+    assert not checkpoint.checkpoints(Path(tiny.out))
+    monkeypatch.setattr(train, "make_loader", make_loader)
+    pretrain(dataclasses.replace(tiny, resume=True))
+    assert_same(final_state(tiny.out), uninterrupted)
+
+
 def test_bad_steps_survive_a_restart(tiny, monkeypatch):
     """Checkpointing between the first and the third bad step must not reset the count."""
     _poison(monkeypatch, {2, 3, 4})
@@ -294,11 +326,9 @@ def damaged(shards: Path, tmp_path: Path) -> Path:
 def test_a_corrupt_sample_is_named_in_one_line(tiny, shards, tmp_path, workers):
     folder = damaged(shards, tmp_path)
     reader = DepthShards(str(folder), ["train"])
-    entry = reader.entries[7]
-    content = bytearray(reader.paths[entry.shard].read_bytes())
-    content[entry.offset + 40 : entry.offset + entry.size] = bytes(entry.size - 40)
-    reader.paths[entry.shard].write_bytes(content)
-    with pytest.raises(DataError, match=f"{reader.paths[entry.shard].name}: sample {entry.meta['key']}") as error:
+    path, png = reader.path(7), reader.png(7)
+    path.write_bytes(path.read_bytes().replace(png, png[:40] + bytes(len(png) - 40)))
+    with pytest.raises(DataError, match=f"{path.name}: sample {reader.key(7)}") as error:
         pretrain(copy(tiny, tiny.out, data={"shards": str(folder), "workers": workers}))
     assert "\n" not in str(error.value)
     assert multiprocessing.active_children() == []
@@ -315,7 +345,7 @@ def test_shards_that_are_missing_short_or_undescribed(tiny, shards, tmp_path):
     with pytest.raises(DataError, match=f"{shard.name}: missing"):
         DepthShards(str(folder))
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match=r"manifest\.json: not JSON"):
+    with pytest.raises(DataError, match=r"manifest\.json is not JSON"):
         DepthShards(str(folder))
     (folder / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"no manifest\.json"):
@@ -328,11 +358,8 @@ def test_indexed_samples_equal_those_of_webdataset(shards):
     reader = DepthShards(str(shards))
     stock = webdataset.WebDataset([str(path) for path in reader.paths], shardshuffle=False)
     for index, sample in enumerate(stock):
-        assert sample["depth.png"] == reader.png(index) and sample["__key__"] == reader.entries[index].meta["key"]
+        assert sample["depth.png"] == reader.png(index) and sample["__key__"] == reader.key(index)
     assert index + 1 == len(reader) == 84
-    reader.make_resident()
-    fresh = DepthShards(str(shards))
-    assert all(np.array_equal(reader.sample(i)[0].depth, fresh.sample(i)[0].depth) for i in range(0, 84, 9))
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tiny):
@@ -349,6 +376,57 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tiny):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG
     assert {path.name: path.read_bytes() for path in Path(tiny.out, "checkpoints").iterdir()} == before
+
+
+def test_pruning_leaves_what_another_process_is_writing(tiny, tmp_path):
+    """Also on another machine: its file has another name, and its lock says that it is at it."""
+    pretrain(copy(tiny, tiny.out, train={"steps": 1}))
+    state, folder = final_state(tiny.out), Path(tiny.out, "checkpoints")
+    left, busy = folder / "step-00000007.elsewhere.1.tmp", []
+    left.write_bytes(b"of a killed process")
+    save = torch.save
+
+    def other_saves(state, file):
+        busy.append(Path(file.name))
+        checkpoint.prune(Path(tiny.out), 1)
+        assert busy[0].exists() and not left.exists()
+        save(state, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", other_saves)
+        checkpoint.save(state, checkpoint.checkpoint_path(Path(tiny.out), 9))
+    assert busy[0].name.startswith("step-00000009.") and str(os.getpid()) in busy[0].name
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001.pt", "step-00000009.pt"]
+    assert checkpoint.load(folder / "step-00000009.pt")["step"] == state["step"]
+    checkpoint.prune(Path(tiny.out), 1)
+    assert [path.name for path in folder.iterdir()] == ["step-00000009.pt"]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, capfd):
+    pretrain(copy(tiny, tiny.out, train={"steps": 4, "checkpoint_every": 2, "keep": 2}))
+    older, newest = checkpoint.checkpoints(Path(tiny.out))
+    whole = final_state(tiny.out)
+    newest.write_bytes(newest.read_bytes()[:2000])
+    path, state = checkpoint.newest(Path(tiny.out))
+    assert path == older and state["step"] == 2 and f"{newest}: unreadable checkpoint" in capfd.readouterr().err
+    resumed = copy(tiny, tiny.out, train={"steps": 4, "checkpoint_every": 2, "keep": 2})
+    pretrain(dataclasses.replace(resumed, resume=True))
+    assert_same(final_state(tiny.out), whole)
+    for path in checkpoint.checkpoints(Path(tiny.out)):
+        path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match="none of 2 checkpoints can be read"):
+        checkpoint.newest(Path(tiny.out))
+
+
+def test_resume_takes_both_spellings_of_an_option(tiny, capsys):
+    pretrain(copy(tiny, tiny.out, train={"steps": 1}))
+    for words in (["--out", str(tiny.out)], [f"--out={tiny.out}"]):
+        assert cli.main(["pretrain", "--resume", *words]) == 0, capsys.readouterr().err
+
+
+def test_a_warm_up_that_was_set_for_a_longer_run_is_told(tiny):
+    pretrain(copy(tiny, tiny.out, train={"steps": 2}, optim={"warmup": 2}))
+    assert "optim.warmup is 2 of train.steps 2" in Path(tiny.out, "run.log").read_text()
 
 
 def test_checkpoints_are_never_executed(tmp_path):
@@ -422,9 +500,11 @@ def test_health_figures_equal_their_definitions():
     expected = sum(entropy(row) for row in classes) / 6 / math.log(9)
     assert figures["class_target_entropy"] == pytest.approx(expected, rel=1e-5)
     assert figures["patch_mean_entropy"] == pytest.approx(entropy(patches.mean(0)) / math.log(9), rel=1e-5)
-    assert figures["class_used"] == len(set(classes.argmax(1).tolist())) / 6
+    assert figures["class_used"] == pytest.approx(len(set(classes.argmax(1).tolist())) / 6)
     unit = torch.nn.functional.normalize(features, dim=1)
     cosines = [float(unit[i] @ unit[j]) for i in range(6) for j in range(6) if i != j]
     assert figures["class_cosine"] == pytest.approx(sum(cosines) / 30, abs=1e-5)
+    fewer = measure(Targets(classes, patches, features, torch.randn(4, 5)), spectra=False)
+    assert figures.keys() - fewer.keys() == {"class_rankme", "patch_rankme"}
     assert rankme(torch.eye(8)) == pytest.approx(8, rel=1e-3)
     assert rankme(torch.ones(8, 8)) == pytest.approx(1, rel=1e-3)

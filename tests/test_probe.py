@@ -26,11 +26,13 @@ from dino_depth.pretrain.probe import (
     probe,
     probe_encoders,
 )
-from dino_depth.pretrain.readout import FIGURES, Moments, bootstrap, fit_ridge, knn, pca_colours
+from dino_depth.pretrain.readout import FIGURES, bootstrap, pca_colours
 from dino_depth.pretrain.shards import DepthShards
-from dino_depth.pretrain.surface import FOCAL, SHARPEST, WINDOW, patch_geometry, surface
+from dino_depth.readout import PENALTIES, Moments, fit_ridge, knn
+from dino_depth.surface import FOCAL, SHARPEST, WINDOW, patch_geometry, surface
 from dino_depth.vit import DepthTransformer
 from dino_depth.weight_names import to_transformers
+from tests.conftest import write_manifest
 
 MODEL = ModelConfig(patch_size=14, dim=32, depth=2, heads=2, drop_path=0.0, layer_scale=1.0, initialization="xavier")
 SIZE = 56
@@ -67,8 +69,7 @@ def write_shards(folder, splits=("train", "test"), categories=CATEGORIES, maps=8
                         member = tarfile.TarInfo(name)
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
-    manifest = {"version": 2, "shards": [{"file": path.name, "bytes": path.stat().st_size, "sha256": ""}]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, len(splits) * len(categories) * maps, {"made": {}})
     return str(folder)
 
 
@@ -269,10 +270,10 @@ def test_ridge_is_the_normal_equations_with_the_best_penalty():
     both = [np.concatenate(parts) for parts in zip(fit, choose, strict=True)]
     for output in range(4):
         errors = []
-        for penalty in readout.PENALTIES:
+        for penalty in PENALTIES:
             trial = ridge_by_hand(*fit, penalty)[:, output]
             errors.append(np.square(choose[0] @ trial[:-1] + trial[-1] - choose[1][:, output]).sum())
-        best = readout.PENALTIES[int(np.argmin(errors))]
+        best = PENALTIES[int(np.argmin(errors))]
         assert np.allclose(weights[:, output], ridge_by_hand(*both, best)[:, output], rtol=1e-6, atol=1e-8)
 
 
@@ -386,12 +387,11 @@ def test_streaming_gives_what_collected_features_give(folder):
     config = ProbeConfig("-", folder, bootstrap=10, neighbours=3, batch=5)
     result = probe_encoders(trained, random, config)
     shards = DepthShards(folder)
-    split = np.array([entry.meta["split"] for entry in shards.entries])
+    split = shards.values("split")
     gallery, queries = np.flatnonzero(split == "train"), np.flatnonzero(split == "test")
     kept, asked = (collect_features(trained, shards, indices, batch=24) for indices in (gallery, queries))
     labels = [
-        torch.tensor([CATEGORIES.index(shards.entries[i].meta["category"]) for i in part])
-        for part in (gallery, queries)
+        torch.tensor([CATEGORIES.index(shards.values("category")[i]) for i in part]) for part in (gallery, queries)
     ]
     voted = knn(kept["patches"].mean((1, 2)), labels[0], asked["patches"].mean((1, 2)), 3, 3)
     assert result["figures"]["knn_patch"]["trained"]["value"] == pytest.approx((voted == labels[1]).double().mean())
@@ -548,12 +548,10 @@ def test_all_are_measured_at_the_size_asked_for(folder, tmp_path, size):
     result = probe(ProbeConfig(str(run), folder, bootstrap=20, device="cpu", size=size, neighbours=3))
     trained, _ = load_with_twin(str(run))
     shards = DepthShards(folder)
-    split = np.array([entry.meta["split"] for entry in shards.entries])
+    split = shards.values("split")
     kept, asked = (collect_features(trained, shards, np.flatnonzero(split == name), size) for name in ("train", "test"))
     assert kept["patches"].shape == (24, size // 14, size // 14, 32)
-    labels = torch.tensor(
-        [CATEGORIES.index(shards.entries[i].meta["category"]) for i in np.flatnonzero(split == "train")]
-    )
+    labels = torch.tensor([CATEGORIES.index(shards.values("category")[i]) for i in np.flatnonzero(split == "train")])
     voted = knn(kept["classes"], labels, asked["classes"], 3, 3)  # the query maps come in the same order
     assert result["figures"]["knn_class"]["trained"]["value"] == pytest.approx((voted == labels).double().mean())
     assert result["size"] == size and result["patches"]["query"] <= 24 * (size // 14) ** 2

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from data_prep import pseudo_depth
 from data_prep.pseudo_depth import FlatDepth, PseudoDepthConfig, convert, estimate, resolve
@@ -199,7 +199,7 @@ def test_a_local_folder_is_named_by_its_weights(folder, copy):
     assert model.licence == "apache-2.0" and model.device == "cpu" and model.folder == folder
     assert model.versions["torch"] == torch.__version__ and hash(model)
     (copy / "README.md").unlink()
-    tensors = load_file(copy / "model.safetensors")
+    tensors = load((copy / "model.safetensors").read_bytes())
     tensors["head.conv3.bias"] += 1
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     changed = resolve(options(copy))
@@ -211,7 +211,7 @@ def rewrite(path: Path, **changes):
 
 
 def break_weights(folder: Path, change):
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load((folder / "model.safetensors").read_bytes())
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 

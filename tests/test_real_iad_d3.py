@@ -16,9 +16,10 @@ from PIL import Image
 from data_prep import mvtec3d, real_iad_d3
 from data_prep.item import sample_keys
 from data_prep.real_iad_d3 import RealIadD3Options
+from data_prep.shards import PrepareConfig, prepare
 from data_prep.synthetic import SynthConfig, synth
 from data_prep.tree import RawTree
-from dino_depth.errors import DataError
+from dino_depth.errors import ConfigError, DataError
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 JACK, CAP = "audio_jack_socket", "knob_cap"
@@ -77,14 +78,14 @@ def write_release(root: Path, category=JACK, **lists):
                 Image.new("L", (30, 20)).save(root / "realiad_d3_raw" / category / path)
 
 
-def found(root: Path, unit="mm"):
-    return real_iad_d3.items(RawTree(root), RealIadD3Options(unit))
+def found(root: Path, options: RealIadD3Options | None = None):
+    return real_iad_d3.items(RawTree(root), options or RealIadD3Options())
 
 
 def read_one(root: Path, points, unit="mm"):
     write_listing(root, listing(test=[entry(1)]))
     write_tiff(root / "realiad_d3_raw" / JACK / recording(1), points)
-    (item,) = found(root, unit)
+    (item,) = found(root, RealIadD3Options(unit))
     return real_iad_d3.read(item)
 
 
@@ -452,12 +453,41 @@ def test_nan_zero_negative_and_infinite_z_are_missing(tmp_path):
 def test_a_unit_that_contradicts_the_data_is_refused_with_value_and_setting(tmp_path, unit, stored):
     scale = {"m": 1.0, "mm": 1e3, "um": 1e6}[stored]
     points = cloud(0.4 * scale)
+    points[..., 2] *= np.linspace(1, 1.01, 30, dtype=np.float32)
     points[:9, :, 2] = np.nan
+    root = tmp_path / "tree"
+    depth_map = read_one(root, points, unit)
+    settings = PrepareConfig("real_iad_d3", str(root), str(tmp_path / "o"), 1, real_iad_d3=RealIadD3Options(unit))
     if unit == stored:
-        assert np.allclose(read_one(tmp_path, points, unit).depth[9:], 0.4, rtol=1e-6)
+        assert np.allclose(depth_map.depth[9:], 0.4 * np.linspace(1, 1.01, 30), rtol=1e-6)
+        described = prepare(settings)["sources"]["real_iad_d3"]
+        assert (described["unit_assumed"], described["larger_is_assumed"]) == (unit, "farther")
     else:
-        with pytest.raises(DataError, match=rf"median depth .* m is outside 0.001..10 m: real_iad_d3.unit {unit} "):
-            read_one(tmp_path, points, unit)
+        reason = rf"median depth .* m is outside plausible.median 0.001..30 m: real_iad_d3.unit {unit} contradicts"
+        with pytest.raises(DataError, match=reason):
+            prepare(settings)
+
+
+def test_a_sign_that_contradicts_the_data_is_refused_until_told(tmp_path):
+    points = cloud()
+    points[..., 2] *= -np.linspace(1, 1.01, 30, dtype=np.float32)
+    points[0, :3, 2] = np.nan, 0, np.inf
+    expected = -points[..., 2].astype(np.float64) / 1000
+    expected[0, :3] = 0
+    with pytest.raises(DataError, match=r"100% of the values are negative, .*real_iad_d3.larger_is nearer"):
+        read_one(tmp_path, points)
+    (item,) = found(tmp_path, RealIadD3Options(larger_is="nearer"))
+    assert np.allclose(real_iad_d3.read(item).depth, expected, rtol=1e-6)
+    (item,) = found(tmp_path, RealIadD3Options(larger_is="nearer", offset=0.5))
+    assert np.allclose(real_iad_d3.read(item).depth, np.where(expected > 0, 0.5 + expected, 0), rtol=1e-6)
+    (tmp_path / "other").mkdir()
+    read_one(tmp_path / "other", cloud())
+    (item,) = found(tmp_path / "other", RealIadD3Options(larger_is="nearer", offset=0.1))
+    with pytest.raises(DataError, match="600 points reach the camera: real_iad_d3.offset 0.1 is too small"):
+        real_iad_d3.read(item)
+    for offset, larger_is in ((-1.0, "nearer"), (1.0, "farther"), (np.inf, "nearer")):
+        with pytest.raises(ConfigError, match="real_iad_d3.offset"):
+            found(tmp_path, RealIadD3Options(larger_is=larger_is, offset=offset))
 
 
 @pytest.mark.parametrize(
@@ -514,13 +544,14 @@ def test_a_rearranged_tree_is_read_without_json_files(tmp_path):
 
 def test_the_tree_of_another_dataset_is_refused(tmp_path):
     for split in ("train", "validation"):
-        write_tiff(tmp_path / "bagel" / split / "good" / "xyz" / "000.tiff", cloud(0.4))
+        points = cloud(0.4) * np.linspace(1, 1.01, 30, dtype=np.float32)[:, None]
+        write_tiff(tmp_path / "bagel" / split / "good" / "xyz" / "000.tiff", points)
     with pytest.raises(DataError, match="validation is no split of real_iad_d3: expected train, test"):
         found(tmp_path)
     shutil.rmtree(tmp_path / "bagel" / "validation")
     assert len(mvtec3d.items(RawTree(tmp_path))) == 1
     with pytest.raises(DataError, match="real_iad_d3.unit mm contradicts the data"):
-        real_iad_d3.read(found(tmp_path)[0])
+        prepare(PrepareConfig("real_iad_d3", str(tmp_path), str(tmp_path / "shards"), 1))
     shutil.rmtree(tmp_path / "bagel")
     with pytest.raises(DataError, match=r"is not a real_iad_d3 tree: expected realiad_d3_jsons/<category>.json, or "):
         found(tmp_path)

@@ -1,15 +1,18 @@
 """Masks, schedules, parameter groups and clipping of the recipe."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from dino_depth.config import LossConfig, PretrainConfig
+from dino_depth.config import LossConfig, ModelConfig, PretrainConfig
+from dino_depth.errors import ConfigError
 from dino_depth.pretrain.masks import block_mask, draw_masks
 from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
 from dino_depth.pretrain.student_teacher import Networks, update_teacher
+from dino_depth.pretrain.train import check_settings
 
 
 @pytest.mark.parametrize("grid, count", [(16, 1), (16, 25), (16, 128), (7, 24), (3, 9), (1, 1)])
@@ -110,3 +113,47 @@ def test_the_teacher_is_a_moving_average():
     update_teacher(teacher, student, 0.9)
     for (name, value), new in zip(teacher.named_parameters(), student.parameters(), strict=True):
         assert torch.allclose(value, 0.9 * before[name] + 0.1 * new, atol=1e-6), name
+
+
+def test_a_mask_larger_than_its_grid_is_refused():
+    with pytest.raises(ValueError, match="10 of 9 patches"):
+        block_mask(np.random.default_rng(0), 3, 10)
+
+
+def test_clipping_is_torchs():
+    ours, theirs = (
+        Networks(
+            PretrainConfig(
+                model=ModelConfig(dim=24, depth=1, heads=2), loss=LossConfig(prototypes=8, hidden=16, bottleneck=8)
+            )
+        )
+        for _ in range(2)
+    )
+    theirs.load_state_dict(ours.state_dict())
+    for network in (ours, theirs):
+        generator = torch.Generator().manual_seed(0)
+        for weight in network.parameters():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+    norms = clip(ours, 0.7)
+    expected = [torch.nn.utils.clip_grad_norm_(part.parameters(), 0.7) for part in theirs.children()]
+    torch.testing.assert_close(norms, torch.stack(expected))
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("loss", {"mask_ratio": [0.1, 1.5]}, "mask_ratio"),
+        ("loss", {"mask_ratio": [0.0, 0.5]}, "mask_ratio"),
+        ("loss", {"mask_share": 1.5}, "mask_share"),
+        ("loss", {"student_temperature": 0.0}, "student_temperature"),
+        ("optim", {"lr": -1.0}, "optim.lr"),
+        ("optim", {"clip": 0.0}, "optim.clip"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(section, change, message):
+    config = PretrainConfig()
+    config = replace(config, **{section: replace(getattr(config, section), **change)})
+    with pytest.raises(ConfigError, match=message):
+        check_settings(config, 1)

@@ -17,7 +17,7 @@ from dino_depth.errors import ConfigError, DataError
 from dino_depth.pretrain.in_loop import find_best
 from dino_depth.pretrain.probe import ProbeConfig, probe
 from dino_depth.pretrain.readout import FIGURES
-from dino_depth.pretrain.report import Chart, charts, evaluation_charts, read_metrics, write_report
+from dino_depth.publish.report import Chart, charts, evaluation_charts, read_metrics, write_report
 
 CATEGORIES = ("bump", "dent", "tilt", "<b>&bold")
 PARITY = {

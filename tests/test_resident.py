@@ -1,20 +1,33 @@
-"""Crops made of resident maps are those that the loader makes of each map alone."""
+"""Maps in memory and on the device give the crops that the loader makes of each map alone, however workers start."""
 
 import dataclasses
+import gc
 import json
+import multiprocessing
+import os
+import pickle
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dino_depth import distributed
 from dino_depth.config import CropConfig, DataConfig
-from dino_depth.depth import DepthMap, normalize
+from dino_depth.depth import DepthMap, encode, normalize
 from dino_depth.errors import ConfigError, DataError
+from dino_depth.pretrain import maps as maps_module
 from dino_depth.pretrain import resident
 from dino_depth.pretrain.crops import draw_crops, multi_crop
+from dino_depth.pretrain.loading import make_loader, next_crops, open_maps
+from dino_depth.pretrain.maps import MapsInMemory
 from dino_depth.pretrain.resident import ResidentMaps, Validity
 from dino_depth.pretrain.shards import DepthShards
+from dino_depth.pretrain.shared_arrays import SharedArrays
 from dino_depth.pretrain.train import pretrain
+from dino_depth.sample import sample_map
+from tests.test_distributed import run_ranks
 
 CROPS = CropConfig(global_size=42, local_size=14, local_crops=4)
 CPU = torch.device("cpu")
@@ -25,6 +38,14 @@ class Maps(list):
 
     def sample(self, index):
         return self[index], {}
+
+    def shape(self, index):
+        return self[index].depth.shape
+
+    def codes(self, index):
+        coding = ("linear", "inverse")[index // 2 % 2]
+        codes, near, far = encode(self[index], coding)
+        return codes, {"near": near, "far": far, "kind": self[index].kind, "coding": coding}
 
 
 def random_maps(count=9):
@@ -58,10 +79,108 @@ def test_batched_crops_equal_one_map_at_a_time(monkeypatch, method):
             assert (ours[place] - wanted).abs().max() <= 1.1 * half_a_code + 1e-6 * np.abs(values).max()
 
 
+def test_maps_in_memory_are_those_that_are_stored():
+    maps = random_maps()
+    ours = MapsInMemory(maps, workers=2).reader
+    kept = pickle.loads(content := pickle.dumps(ours))
+    assert content.count(b"codes") == 1 and len(content) < sum(m.valid.size for m in maps), "the maps went along"
+    for index in range(len(maps)):
+        wanted = sample_map(*maps.codes(index))
+        valid, found = kept.load(index)
+        assert np.array_equal(found.depth, wanted.depth) and np.array_equal(valid, wanted.valid)
+        assert found.kind == wanted.kind
+
+
+def test_a_bad_map_is_named_before_training_begins(shards):
+    reader = DepthShards(str(shards), ["test"])
+    reader.png = lambda index: b"no PNG"
+    with pytest.raises(DataError, match="depth-.*tar: sample .*unreadable depth PNG"):
+        MapsInMemory(reader, workers=0)
+    path = reader.path(3)
+    assert reader.shape(3) == (48, 48)
+    reader._read = lambda index, *_: b"short"
+    with pytest.raises(DataError, match=f"{path.name}: sample .*unreadable depth PNG"):
+        MapsInMemory(reader, workers=0)
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+def test_shared_arrays_are_one_memory_and_leave_nothing(monkeypatch, tmp_path, nameless):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if not nameless:
+        monkeypatch.delattr(os, "memfd_create")
+    ours = SharedArrays({"a": (3, "<u2"), "none": (0, "<f8"), "b": (2, "<f8")})
+    theirs = pickle.loads(pickle.dumps(ours))
+    again = pickle.loads(pickle.dumps(theirs))
+    ours["a"][:], again["b"][1] = [1, 2, 65535], 0.1
+    assert theirs["a"].tolist() == [1, 2, 65535] and ours["b"].tolist() == [0, 0.1] and len(ours["none"]) == 0
+    place = Path(ours.place)
+    assert place.exists() and len(list(tmp_path.iterdir())) == (not nameless)
+    del ours
+    gc.collect()
+    assert not place.exists() and not list(tmp_path.iterdir())
+    assert theirs["a"].tolist() == [1, 2, 65535], "freed while somebody reads it"
+
+
+def _keep(config, folder: str):
+    """A rank that keeps the maps in memory, and notes what it decoded and what it sees."""
+    shards = DepthShards.configured(config.data)
+    decoded, codes = [], shards.codes
+    shards.codes = lambda index: decoded.append(index) or codes(index)
+    distributed.start(CPU)
+    maps = MapsInMemory(shards, 1)
+    assert all(np.array_equal(maps.reader.load(i)[1].depth, shards.sample(i)[0].depth) for i in range(len(shards)))
+    noted = {"place": maps.reader.arrays.place, "decoded": sorted(decoded)}
+    Path(folder, f"{distributed.rank()}.json").write_text(json.dumps(noted))
+    distributed.barrier()
+    distributed.stop()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_ranks_of_a_machine_decode_every_map_once_into_one_memory(tiny, tmp_path, alike):
+    ended = run_ranks(2, tmp_path / "ranks", _keep if alike else _keep_apart, tiny, str(tmp_path))
+    assert ended == [(0, None)] * 2
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    everything = list(range(len(DepthShards.configured(tiny.data))))
+    if alike:
+        assert first["place"] == second["place"]
+        assert (first["decoded"], second["decoded"]) == (everything[::2], everything[1::2])
+    else:
+        assert first["place"] != second["place"] and first["decoded"] == second["decoded"] == everything
+
+
+def _keep_apart(config, folder: str):
+    """Ranks that do not find each other's memory: on two machines, or in two containers."""
+    maps_module._machine = lambda: os.environ["RANK"]
+    _keep(config, folder)
+
+
+def batches(config, count: int) -> list:
+    shards = DepthShards.configured(config.data)
+    maps = open_maps(shards, config.data, CPU)
+    loader = make_loader(maps, config, 0, CPU)
+    return [next_crops(loader, config, step, maps) for step in range(count)]
+
+
+@pytest.mark.parametrize(
+    "start, kept",
+    [("fork", "shards"), ("forkserver", "memory"), ("spawn", "shards"), ("spawn", "memory"), ("spawn", "device")],
+)
+def test_batches_do_not_depend_on_how_workers_start(tiny, monkeypatch, start, kept):
+    tiny.data.resident, tiny.data.on_device, tiny.loss.dense_weight = kept == "memory", kept == "device", 1.0
+    tiny.data.splits, tiny.train.steps = ["test"], 2
+    wanted = batches(tiny, 2)
+    context = multiprocessing.get_context(start)
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", context)
+    tiny.data.workers, tiny.data.resident = 1, kept == "memory"
+    for found, expected in zip(batches(tiny, 2), wanted, strict=True):
+        *tensors, shown = found
+        assert shown is None and len(tensors) == 4
+        assert all(torch.equal(*pair) for pair in zip(tensors, expected, strict=False))
+
+
 def test_validity_comes_back():
-    maps, kept = random_maps(), Validity()
-    for depth_map in maps:
-        kept.append(depth_map.valid)
+    maps = random_maps()
+    kept = Validity(depth_map.valid for depth_map in maps)
     assert all(np.array_equal(kept[index], depth_map.valid) for index, depth_map in enumerate(maps))
     assert kept[0].dtype == bool
 

@@ -1,10 +1,14 @@
 """Shards: bytes that depend on the input alone, kills at every moment, and a checker that finds every fault."""
 
+import dataclasses
 import hashlib
+import importlib
 import io
 import json
 import multiprocessing
 import os
+import pickle
+import pkgutil
 import random
 import shutil
 import signal
@@ -22,15 +26,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import data_prep
 from data_prep import manifest as manifests
 from data_prep import mvtec3d, shards, workers
 from data_prep.archives import RawFile
 from data_prep.check import CheckConfig, check
 from data_prep.folder import FolderOptions
-from data_prep.item import Item, sample_keys
-from data_prep.listing import readers
+from data_prep.item import FolderItems, Item, repeated, sample_keys
+from data_prep.listing import READERS, list_source
 from data_prep.manifest import digest_file, digest_json
-from data_prep.shards import PrepareConfig, prepare
+from data_prep.plausibility import PlausibilityConfig
+from data_prep.shards import PrepareConfig, plan, prepare
 from data_prep.shrink import shrink
 from dino_depth.depth import DepthMap, decode_png
 from dino_depth.errors import ConfigError, DataError, Interrupted, ReportedError
@@ -118,7 +124,8 @@ def test_tars_equal_those_of_webdatasets_own_writer(finished):
 def test_manifest_counts_and_describes(raw, finished, tmp_path):
     out, files = finished
     manifest = json.loads(files["manifest.json"])
-    assert sorted(files) == ["depth-000000.tar", "depth-000001.tar", "depth-000002.tar", "manifest.json"]
+    shards = ["depth-000000.tar", "depth-000001.tar", "depth-000002.tar"]
+    assert sorted(files) == [*shards, "index.safetensors", "manifest.json"]
     assert manifest["counts"] == {
         "mvtec3d": {
             "bagel": {"test": {"crack": 1, "good": 1}, "train": {"good": 2}, "validation": {"good": 1}},
@@ -132,7 +139,9 @@ def test_manifest_counts_and_describes(raw, finished, tmp_path):
     source = manifest["sources"]["mvtec3d"]
     assert source["licence"].startswith("MVTec 3D-AD, CC BY-NC-SA 4.0") and source["preprocessed"] is False
     assert (source["reader"], source["synthetic"], source["maps"]) == ("mvtec3d", False, 7)
-    assert manifest["config"] == {"sources": {"mvtec3d": {}}, "samples_per_shard": 3, "max_side": 0}
+    limits = json.loads(json.dumps(dataclasses.asdict(PlausibilityConfig())))
+    settings = {"samples_per_shard": 3, "max_side": 0, "coding": "linear", "plausible": limits}
+    assert manifest["config"] == {"sources": {"mvtec3d": {}}, **settings}
     assert set(manifest["versions"]) == {"numpy", "pillow", "libjpeg", "imagecodecs", "libdeflate"}
     for folder in (raw, out):
         assert str(folder).encode() not in b"".join(files.values())
@@ -202,6 +211,28 @@ def test_keys_are_unique_without_regard_to_case(stems):
     assert len({key.lower() for key in keys}) == len(stems)
 
 
+def test_files_of_a_folder_are_made_when_asked_for_and_travel_as_their_names(tmp_path):
+    """Held in memory, or sent with every shard, the items of ten million files would be 12 GB."""
+    for place in ("a/0.5.npy", "a/0_5.npy", "b/1.npy"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).touch()
+    listing = list_source("folder", str(tmp_path), FolderOptions())
+    sources = ["a/0.5.npy", "a/0_5.npy", "b/1.npy"]
+    assert isinstance(listing.items, FolderItems) and [item.source for item in listing.items] == sources
+    assert listing.listed == {"count": 3, "sha256": hashlib.sha256(json.dumps(sources).encode()).hexdigest()}
+    many = FolderItems(listing.items.make, [f"a/{number:06d}.npy" for number in range(1000)])
+    assert len(pickle.dumps(many[:500])) < 500 * 40
+    assert pickle.loads(pickle.dumps(many[3:5]))[1] == many[4]
+    planned = plan(PrepareConfig("folder", str(tmp_path), str(tmp_path / "out"), samples_per_shard=1))
+    assert [len(task.shared) for task in planned.tasks] == [1, 1, 0]
+    assert [key for task in planned.tasks for key in task.keys] == sample_keys(list(listing.items))
+
+
+@given(st.lists(st.text("abAB", max_size=2), max_size=20))
+def test_what_occurs_twice_is_found_by_checksums(texts):
+    assert repeated(lambda: iter(texts)) == {text: texts.count(text) for text in texts if texts.count(text) > 1}
+
+
 def test_one_file_listed_twice_is_refused():
     with pytest.raises(DataError, match="2 files share the sample key d/bagel/train-good-a"):
         sample_keys([item("a", source="s"), item("a", source="s")])
@@ -252,6 +283,7 @@ def run_python(code: str, *arguments) -> subprocess.Popen:
 
 EVERY_MOMENT = """
 import os, signal, sys
+from data_prep.plausibility import PlausibilityConfig
 from data_prep.shards import PrepareConfig, prepare
 
 def prepare_until(moment, out):
@@ -371,7 +403,7 @@ def test_a_signal_ends_cleanly_and_resumably(raw, finished, tmp_path, monkeypatc
 def test_a_killed_worker_is_one_line(raw, tmp_path, monkeypatch):
     def kill_one(*_):
         for process in multiprocessing.active_children()[:1]:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
 
     monkeypatch.setattr(shards.Progress, "advance", kill_one)
     with pytest.raises(ReportedError, match="a worker process was killed"):
@@ -381,6 +413,7 @@ def test_a_killed_worker_is_one_line(raw, tmp_path, monkeypatch):
 
 FULL_DISK = """
 import resource, signal, sys
+from data_prep.plausibility import PlausibilityConfig
 from data_prep.shards import PrepareConfig, prepare
 from dino_depth.errors import ReportedError
 
@@ -505,8 +538,14 @@ def test_missing_root(tmp_path):
         prepare(settings_for(tmp_path / "nowhere", tmp_path / "o"))
 
 
-def test_the_file_name_is_the_registry():
-    assert {"mvtec3d", "eyecandies", "folder"} <= set(readers()) and not {"shards", "check", "item"} & set(readers())
+def test_the_table_names_every_reader():
+    names = [module.name for module in pkgutil.iter_modules(data_prep.__path__)]
+    found = [name for name in names if hasattr(importlib.import_module(f"data_prep.{name}"), "items")]
+    assert sorted(found) == READERS
+    for name in READERS:
+        module = importlib.import_module(f"data_prep.{name}")
+        assert hasattr(module, "read") != hasattr(module, "read_image"), name
+        assert hasattr(module, "describe") or module.LICENCE, name
 
 
 # Unusable files
@@ -530,7 +569,7 @@ def test_unusable_files_are_dropped_with_their_reason(raw, tmp_path):
         prepare(settings_for(root, tmp_path / "strict"))
     manifest = prepare(settings_for(root, tmp_path / "loose", max_drop_fraction=0.1))
     reasons = {drop["path"].split("/")[-1][:3]: drop["reason"] for drop in manifest["sources"]["mvtec3d"]["dropped"]}
-    assert reasons["010"] == reasons["011"] == "all pixels are missing"
+    assert reasons["010"] == "all pixels are missing" and reasons["011"] == "not one of 1200 values is finite"
     assert reasons["012"] == "13x40 is below 14 pixels a side" and reasons["015"] == "the file is empty"
     assert reasons["013"].startswith("not a readable TIFF file") and len(reasons) == 5
     assert manifest["total"] == 60 == sum(shard["samples"] for shard in manifest["shards"])
@@ -623,9 +662,9 @@ FIRST = "depth-000001.tar: sample mvtec3d/bagel/train-good-001: "
         (lambda m: [(m[0][0], m[0][1][:-40]), *m[1:]], FIRST + "unreadable depth PNG"),
         (lambda m: [m[0], (m[1][0], b"{"), *m[2:]], FIRST + "json cannot be read"),
         (lambda m: [m[0], (m[1][0], b"[]"), *m[2:]], FIRST + "json is no object"),
-        (lambda m: m[1:], FIRST + "members are json, expected depth.png and json"),
+        (lambda m: m[1:], FIRST + "depth.png is missing"),
         (lambda m: [m[0], m[0], *m[1:]], FIRST[:-2] + ": two members depth.png"),
-        (lambda m: m[:4], "depth-000001.tar: 2 samples, the manifest says 3, the last is mvtec3d/bagel/validation"),
+        (lambda m: m[:4], "depth-000001.tar: 2 samples, the manifest says 3; the last is mvtec3d/bagel/validation"),
         (lambda m: [*m[:2], *m], FIRST[:-2] + ": two members depth.png|4 samples|key"),
         (lambda m: [*m, ("stray", b"")], "unexpected member stray after sample mvtec3d/rope/test-cut-3"),
         (lambda m: [(name.replace("train-good-001", "TEST-crack-000"), c) for name, c in m],
@@ -672,12 +711,12 @@ def test_check_finds_every_cut_and_every_flipped_byte(copy):
         (lambda m: m["config"].update(max_side=7), "config_hash does not belong to config"),
         (lambda m: m.update(version=1), "has version 1, this program reads 2"),
         (lambda m: m.update(format="other"), "is not a manifest of"),
-        (lambda m: m["sources"]["mvtec3d"].pop("dropped"), "sources.mvtec3d: dropped must be of type list"),
+        (lambda m: m["sources"]["mvtec3d"].pop("dropped"), "sources.mvtec3d.dropped must be of type list"),
         (lambda m: m["sources"].update(x=[]), "sources.x is no object"),
         (lambda m: m.pop("sources"), "sources must be of type dict"),
         (lambda m: m["shards"][0].update(file="../depth-000000.tar"), "must be a plain name"),
         (lambda m: m["shards"].append(m["shards"][0]), "lists a shard twice"),
-        (lambda m: m["shards"][0].update(bytes="1"), r"shards\[0\]: bytes must be of type int"),
+        (lambda m: m["shards"][0].update(bytes="1"), r"shards\[0\].bytes must be of type int"),
         (lambda m: m["shards"].__setitem__(0, 3), r"shards\[0\] is no object"),
     ],
 )  # fmt: skip

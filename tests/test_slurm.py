@@ -160,7 +160,8 @@ def script(folder: Path, word: str) -> dict[str, str]:
 def test_options_reach_sbatch(raw, tmp_path, fake_slurm, monkeypatch, capsys):
     monkeypatch.chdir(raw.parent)
     options = (
-        "--tasks 5 --cpus-per-task 4 --gpus-per-task=1 --time 2:00:00 --partition big --account me --constraint a100"
+        "--tasks 5 --cpus-per-task 4 --gpus-per-task=1 --time 2:00:00 --partition big --account me --constraint a100 "
+        "--warning 300"
     )
     command = ["prep", "folder", "--root", "raw", "--out", f"{tmp_path}/out", "--samples-per-shard", "3"]
     main([*options.split(), "--sbatch", "{mem: 16G, exclusive: true}", *command])
@@ -168,7 +169,7 @@ def test_options_reach_sbatch(raw, tmp_path, fake_slurm, monkeypatch, capsys):
     shown = {
         "time": "120", "cpus-per-task": "4", "gpus-per-node": "1", "partition": "big", "account": "me", "mem": "16G",
         "constraint": "a100", "exclusive": "", "requeue": "", "array": "0-4%5", "job-name": "prep-out",
-        "signal": "USR2@60",
+        "signal": "USR2@300",
     }  # fmt: skip
     assert shown.items() <= array.items()
     # Since Slurm 22.05 a step has one core unless srun itself is told.

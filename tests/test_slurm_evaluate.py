@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ from test_slurm import environment_of, until
 
 from data_prep.synthetic import SynthConfig, synth
 from dino_depth.anomaly.config import EvaluateConfig, everywhere
-from dino_depth.anomaly.evaluate import begin, compute, evaluate, finish, fits
+from dino_depth.anomaly.evaluate import begin, compute, deal, evaluate, finish, instances
 from dino_depth.anomaly.results import Run
 from dino_depth.config import parse
 from dino_depth.errors import ConfigError, DataError
-from dino_depth.slurm.evaluate import deal, submit
+from dino_depth.slurm.evaluate import submit
 from dino_depth.slurm.jobs import SubmitConfig
 from dino_depth.slurm.submission import logs_beside, noted, wait
 from dino_depth.slurm.submit import main
@@ -26,8 +27,8 @@ from dino_depth.slurm.submit import main
 fake_slurm = test_slurm.fake_slurm  # a fixture
 CLASSES = ("angle_bracket", "spur_gear")
 ENCODERS = {"image": "raw-patches?patch=16", "depth": "raw-patches?patch=16", "size": 96}
-# Enough steps for a task to be caught at.
-SMALL = {"head": {"modmap": {"steps": 100, "image_to_depth": [16], "depth_to_image": [16]}}}
+
+SMALL = {"head": {"modmap": {"steps": 20, "image_to_depth": [16], "depth_to_image": [16]}}}
 SMALL |= {"metrics": {"resamples": 50}, "seeds": 2, "device": "cpu"}
 
 
@@ -63,8 +64,8 @@ def whole(settings, tmp_path_factory) -> Path:
 def results(out: Path) -> dict:
     """The results without what they cost."""
     found = json.loads((out / "results.json").read_text())
-    for cell in found["cells"]:
-        cell.pop("cost")
+    for trial in found["trials"]:
+        trial.pop("cost")
     return found
 
 
@@ -73,85 +74,98 @@ def predictions(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for each in folders for p in each.rglob("*.*")}
 
 
-def finished(out: Path) -> set[str]:
-    return {path.relative_to(out / "cells").as_posix() for path in (out / "cells").glob("*/seed*.json")}
+def scored(out: Path) -> set[str]:
+    """Instances that are scored, of trials that are not finished."""
+    return {path.relative_to(out / "scored").as_posix() for path in (out / "scored").glob("*/*/*.npz")}
 
 
 # What a task does
 
 
-def test_heads_are_dealt_in_order_and_evenly():
-    heads = [([name], seed) for name in "abc" for seed in range(3)]
+def test_instances_are_dealt_in_ranges_and_evenly():
+    wanted = [(name, str(number)) for name in "abc" for number in range(3)]
     for tasks in (1, 2, 3, 4, 9, 100):
-        shares = deal(heads, tasks)
-        assert sum(shares, []) == heads and len(shares) == min(tasks, 9)
+        shares = deal(wanted, tasks)
+        assert sum(shares, []) == wanted and len(shares) == min(tasks, 9)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert [{group[0] for group, _ in share} for share in deal(heads, 3)] == [{"a"}, {"b"}, {"c"}]
+    assert [{name for name, _ in share} for share in deal(wanted, 3)] == [{"a"}, {"b"}, {"c"}]
 
 
-def test_shares_make_the_numbers_of_one_run(whole, settings, tmp_path):
+def test_ranges_of_instances_make_the_numbers_of_one_run(whole, settings, tmp_path):
     config = configured(settings, tmp_path / "run")
-    _, categories = begin(config)
-    first, second, third = deal(fits(config, categories), 3)
+    session, categories = begin(config)
+    first, second, third = deal(instances(session.benchmark, categories), 3)
     compute(config, third)
-    assert finished(tmp_path / "run") == {"spur_gear/seed0.json", "spur_gear/seed1.json"}
-    # A task writes its own cells and no tables, which others would overwrite.
+    assert scored(tmp_path / "run") == {f"spur_gear/seed{seed}/{name}.npz" for _, name in third for seed in (0, 1)}
+    # A task writes its own instances and no tables, which others would overwrite.
     assert not (tmp_path / "run" / "results.json").exists()
     compute(config, first)
-    with pytest.raises(DataError, match=r"run: 1 of 4 cells are not computed \(angle_bracket seed 1\): run the same"):
-        finish(config, categories)
-    assert not results(tmp_path / "run")["complete"] and len(results(tmp_path / "run")["cells"]) == 3
+    left = 2 * len(second)
+    with pytest.raises(
+        DataError, match=rf"run: {left} of 16 instances are not scored \({second[0][0]}/.* seed 0, .*\): run"
+    ):
+        finish(config)
+    assert not results(tmp_path / "run")["complete"] and results(tmp_path / "run")["trials"] == []
     compute(config, second)
-    finish(config, categories)
+    finish(config)
     assert results(tmp_path / "run") == results(whole)
     assert predictions(tmp_path / "run") == predictions(whole)
+    assert scored(tmp_path / "run") == set()
 
 
 def test_a_plain_run_completes_what_tasks_have_left(settings, tmp_path, monkeypatch):
     """Typed with relative paths, which are the same folders."""
     out, few = tmp_path / "run", ("--seeds", "1", "--head.modmap.steps", "5")
     config = everywhere(configured(settings, out, *few))
-    compute(config, [(["spur_gear"], 0)])
-    before = (out / "cells" / "spur_gear" / "seed0.json").stat().st_mtime_ns
+    session, categories = begin(config)
+    share = deal(instances(session.benchmark, categories), 4)[2]
+    compute(config, share)
+    paths = [out / "predictions" / category / "seed0" / f"{name}.npz" for category, name in share]
+    before = [path.stat().st_mtime_ns for path in paths]
     monkeypatch.chdir(tmp_path)
     evaluate(configured(settings, Path("run"), *few, "--data.root", os.path.relpath(config.data.root)))
-    assert (out / "cells" / "spur_gear" / "seed0.json").stat().st_mtime_ns == before
-    assert results(out)["complete"] and len(results(out)["cells"]) == 2
-    (out / "cells" / "spur_gear" / "seed1.json.tmp").write_bytes(b"{")  # as a kill in mid-write leaves it
-    assert len(Run(config).cells) == 2
-    (out / "cells" / "spur_gear" / "seed1.json").write_bytes(b"{")
-    with pytest.raises(DataError, match=r"spur_gear/seed1\.json: no cell: "):
+    assert [path.stat().st_mtime_ns for path in paths] == before
+    assert results(out)["complete"] and len(results(out)["trials"]) == 2
+    (out / "trials" / "spur_gear" / "seed1.json.tmp").write_bytes(b"{")  # as a kill in mid-write leaves it
+    assert len(Run(config).trials) == 2
+    (out / "trials" / "spur_gear" / "seed1.json").write_bytes(b"{")
+    with pytest.raises(DataError, match=r"spur_gear/seed1\.json: no trial: "):
         Run(config)
-    (out / "cells" / "spur_gear" / "seed1.json").unlink()
+    (out / "trials" / "spur_gear" / "seed1.json").unlink()
     Path("other").symlink_to(config.data.root)
     with pytest.raises(ConfigError, match=r"data\.root was"):
         evaluate(configured(settings, Path("run"), *few, "--data.root", "other"))
 
 
-def test_one_model_of_all_classes_is_one_unit(settings, tmp_path):
+def test_one_model_of_all_classes_is_fitted_once_for_all_ranges(settings, tmp_path):
     config = configured(settings, tmp_path / "run", "--head.multiclass", "true")
     config.head.modmap.steps = 5
-    heads = fits(config, list(CLASSES))
-    assert heads == [(list(CLASSES), 0), (list(CLASSES), 1)]
-    compute(config, heads[1:])
-    assert finished(tmp_path / "run") == {f"{name}/seed1.json" for name in CLASSES}
-    with pytest.raises(DataError, match=r"2 of 4 cells .*angle_bracket seed 0, spur_gear seed 0\)"):
-        finish(config, list(CLASSES))
+    session, _ = begin(config)
+    wanted = instances(session.benchmark, CLASSES)
+    compute(config, wanted[4:])
+    assert len(scored(tmp_path / "run")) == 8 and len(list((tmp_path / "run" / "heads").glob("*.pt"))) == 2
+    compute(config, wanted[:3])
+    with pytest.raises(
+        DataError, match=r"2 of 16 instances are not scored \(angle_bracket/.* seed 0, angle_.* seed 1\)"
+    ):
+        finish(config)
+    assert [trial["category"] for trial in results(tmp_path / "run")["trials"]] == ["spur_gear", "spur_gear"]
+    assert len(list((tmp_path / "run" / "heads").glob("*.pt"))) == 2
 
 
 def test_tasks_let_each_other_in_and_nobody_else(settings, tmp_path):
     config = configured(settings, tmp_path / "run")
-    session, categories = begin(config)
+    session, _ = begin(config)
     with session.run.held(shared=True):
         with session.run.held(shared=True), Run(config).held(shared=True):
             pass
-        for refused in (evaluate, lambda config: finish(config, categories)):
+        for refused in (evaluate, finish):
             with pytest.raises(ConfigError, match="run is being written by another process"):
                 refused(config)
     with session.run.held(), pytest.raises(ConfigError, match="is being written by another process"):
-        compute(config, [(["spur_gear"], 0)])
+        compute(config, [])
     with pytest.raises(ConfigError, match="elsewhere: no evaluation was begun there"):
-        finish(configured(settings, tmp_path / "elsewhere"), categories)
+        finish(configured(settings, tmp_path / "elsewhere"))
 
 
 def test_paths_hold_in_any_working_directory(tmp_path, monkeypatch):
@@ -195,24 +209,25 @@ def test_options_reach_sbatch_and_a_second_submission_is_refused(settings, tmp_p
     assert {"array": "0-2%3", "cpus-per-task": "2", "gpus-per-node": "1"}.items() <= array.items()
     assert "dependency" not in array and last["dependency"] == "afterany:1" and "gpus-per-node" not in last
     printed = capsys.readouterr().out
-    assert "job 1: 4 of 4 cells, dealt to 3 tasks" in printed and "scancel 1 2" in printed
+    assert "job 1: 8 of 8 instances, dealt to 3 tasks" in printed and "scancel 1 2" in printed
     assert array["error"].startswith(f"{tmp_path}/run.slurm/") and not (tmp_path / "run" / "results.json").exists()
     (fake_slurm / "queue").write_text("2\n")
     with pytest.raises(ConfigError, match="run is being written by the jobs 2: wait for them, or scancel 2"):
         main(command)
 
 
-def test_only_missing_cells_are_submitted_and_none_where_all_are_there(settings, tmp_path, fake_slurm, capsys):
+def test_only_missing_instances_are_submitted_and_none_where_all_are_there(settings, tmp_path, fake_slurm, capsys):
     config = everywhere(configured(settings, tmp_path / "run"))
     config.head.modmap.steps = 5
-    heads = fits(config, list(CLASSES))
-    compute(config, heads[:3])
+    session, _ = begin(config)
+    wanted = instances(session.benchmark, CLASSES)
+    compute(config, wanted[:7])
     command = ["--tasks", "8", "evaluate", "--config", str(settings), "--out", config.out, "--head.modmap.steps", "5"]
     main(command)
-    assert "1 of 4 cells, dealt to 1 tasks" in capsys.readouterr().out and len(scripts(fake_slurm)) == 2
-    compute(config, heads[3:])
+    assert "1 of 8 instances, dealt to 1 tasks" in capsys.readouterr().out and len(scripts(fake_slurm)) == 2
+    compute(config, wanted[7:])
     main(command)
-    assert "has all cells" in capsys.readouterr().out and len(list(fake_slurm.glob("*.sh"))) == 2
+    assert "has all instances" in capsys.readouterr().out and len(list(fake_slurm.glob("*.sh"))) == 2
     assert results(tmp_path / "run")["complete"]
 
 
@@ -222,6 +237,7 @@ def test_only_missing_cells_are_submitted_and_none_where_all_are_there(settings,
         (["--categories", "[spur_gaer]"], ConfigError, "unknown class 'spur_gaer'.*did you mean 'spur_gear'"),
         (["--data.root", "nowhere"], DataError, "nowhere"),
         (["--seeds", "0"], ConfigError, "seeds: must be at least 1"),
+        (["--processes", "2"], ConfigError, "processes are of one machine: tasks deal out the instances here"),
         (["--device", "cuda"], ConfigError, "device cuda needs --gpus-per-task 1 or more"),
         (["--encoder.depth", "no/folder/of/mine"], ConfigError, "no such folder"),
         (["--encoder.sise", "7"], ConfigError, "did you mean '--encoder.size'"),
@@ -276,28 +292,34 @@ def state(job: str) -> str:
     return subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True).stdout
 
 
-def test_an_array_goes_on_at_its_time_limit_and_a_rerun_computes_what_a_killed_task_has_left(
+def test_an_array_goes_on_at_its_time_limit_and_a_rerun_scores_what_a_killed_task_has_left(
     cluster, settings, whole, tmp_path
 ):
     out, words = tmp_path / "run", ["--config", str(settings), "--out", f"{tmp_path}/run"]
     last = submit(SubmitConfig(tasks=2), words)
     array = noted(logs_beside(out))[0]
-    # Each task has two cells. Slurm's warning comes to the one after the first, and the other one is killed there.
+    # Each task has the four instances of a class. Slurm's warning comes to the first, the second is killed.
     signals = {0: signal.SIGUSR2, 1: signal.SIGKILL}
     left = {task: until(lambda task=task: computing(task))[0] for task in signals}
+    # They run for moments at a time, so that neither has scored all before it is seen to have scored one.
     while left:
-        for task in until(lambda: [each for each in left if f"{CLASSES[each]}/seed0.json" in finished(out)]):
-            os.kill(left.pop(task), signals[task])
+        for process in left.values():
+            os.kill(process, signal.SIGCONT)
+        time.sleep(0.05)
+        for process in left.values():
+            os.kill(process, signal.SIGSTOP)
+        for task in [each for each in left if any(CLASSES[each] in name for name in scored(out))]:
+            os.kill(left[task], signals[task])
+            os.kill(left.pop(task), signal.SIGCONT)
     with pytest.raises(
-        DataError, match=r"1 of 4 cells are not computed \(spur_gear seed 1\): run the same command again"
+        DataError, match=r"[1-7] of 16 instances are not scored \(spur_gear/.* seed ..*\): run the same command again"
     ):
         wait(last, logs_beside(out), "test", 1, "jobs", lambda: 0)
     assert "Restarts=1" in state(f"{array}_0") and "Restarts=0" in state(f"{array}_1")
-    assert finished(out) == {"angle_bracket/seed0.json", "angle_bracket/seed1.json", "spur_gear/seed0.json"}
-    before = {name: (out / "cells" / name).stat().st_mtime_ns for name in finished(out)}
-    assert before["angle_bracket/seed0.json"] < before["angle_bracket/seed1.json"]
+    assert {path.parent.name for path in (out / "trials").glob("*/seed*.json")} == {"angle_bracket"}
+    before = {name: (out / "scored" / name).stat().st_mtime_ns for name in scored(out)}
     submit(SubmitConfig(tasks=3, wait=True), words)
-    assert all((out / "cells" / name).stat().st_mtime_ns == moment for name, moment in before.items())
+    assert before and scored(out) == set()
     assert results(out) == results(whole)
     assert predictions(out) == predictions(whole)
     assert submit(SubmitConfig(), words) == ""

@@ -102,7 +102,7 @@ def test_a_job_and_its_successor_are_not_submitted_twice(settings, tmp_path, fak
         ("--nodes 0", "", ConfigError, "nodes must be 1 or more, got 0"),
         ("", "--train.device cuda", ConfigError, "train.device cuda needs --gpus-per-node 1 or more"),
         ("", "--train.batches 8", ConfigError, "did you mean '--train.batch'"),
-        ("", "--data.shards nowhere", DataError, "nowhere: no manifest.json"),
+        ("", "--data.shards nowhere", DataError, "nowhere has no manifest.json"),
         ("", "--out full", ConfigError, "full: folder is not empty and holds no run"),
         ("--tasks 4", "", ConfigError, "tasks means nothing to pretrain: it takes nodes and gpus_per_node"),
         ("--gpus-per-task 1", "", ConfigError, "gpus_per_task means nothing to pretrain"),

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep import listing, mvtec3d, pseudo_depth, shards
 from data_prep.check import CheckConfig, check
-from data_prep.listing import compare, list_source, readers, table
+from data_prep.listing import READERS, compare, list_source, table
 from data_prep.pseudo_depth import FlatDepth, Model
 from data_prep.shards import PrepareConfig, begin, finish, plan, prepare, write_share
 from dino_depth.cli import main
@@ -185,7 +185,7 @@ def test_shipped_splits_name_readers_and_need_their_roots(name, capsys):
     path = ROOT / "configs" / "prep" / f"split_{name}.yaml"
     config = parse(PrepareConfig, ["--config", f"prep/split_{name}"], "prep")
     assert config.sources == yaml.safe_load(path.read_text())["sources"]
-    assert set(config.sources) <= set(readers()) and len(config.sources) == {"a": 2, "b": 3, "c": 7}[name]
+    assert set(config.sources) <= set(READERS) and len(config.sources) == {"a": 2, "b": 3, "c": 7}[name]
     assert main(["prep", "--config", f"prep/split_{name}", "--out", "nowhere"]) == 2
     assert "roots.mvtec3d is empty" in capsys.readouterr().err
 

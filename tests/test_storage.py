@@ -26,10 +26,14 @@ from data_prep.check import CheckConfig, check
 from data_prep.folder import FolderOptions
 from data_prep.output import exclusive, publish, writing
 from data_prep.shards import PrepareConfig, begin, finish, plan, prepare, write_share
-from dino_depth import storage
+from dino_depth import cli, storage
+from dino_depth.config import DataConfig
 from dino_depth.errors import ConfigError, DataError, ReportedError
+from dino_depth.pretrain.order import EndlessOrder
+from dino_depth.pretrain.run_folder import RunFolder
 from dino_depth.pretrain.shards import DepthShards
-from dino_depth.storage import RemotePath, ShardCache, location
+from dino_depth.shard_index import INDEX
+from dino_depth.storage import RemotePath, ShardCache, location, redacted
 from tests.conftest import depth_scene
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -145,10 +149,51 @@ def test_locations_are_paths_or_urls(tmp_path):
     assert (remote / "x.tar").parent == remote == remote.resolve() and str(remote / "x") == "s3://bucket/a/shards/x"
 
 
-def test_a_password_in_a_url_is_refused_without_repeating_it():
-    with pytest.raises(ConfigError) as error:
-        location("https://me:secret@example.org/shards")
-    assert "example.org" in str(error.value) and "secret" not in str(error.value)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:secret@example.org/shards", "https://secret@example.org/shards", "sftp://secret@example.org/a/b",
+        "https://example.org/shards?X-Amz-Signature=secret", "https://example.org/shards#secret",
+        "https://me:se@cret@example.org/shards?secret", "HTTPS://secret:@example.org",
+        "simplecache::https://me:secret@example.org/shards", "abfs://me:secret@example.org/shards",
+    ],
+)  # fmt: skip
+def test_what_may_be_secret_in_a_url_is_refused_and_not_repeated(url, tiny, capsys):
+    with pytest.raises(ConfigError, match=r"example\.org.*no user name, password, query or fragment") as error:
+        location(url)
+    assert "secret" not in str(error.value) and "cret@" not in str(error.value)
+    assert cli.main(["check", url]) == 2
+    assert cli.main(["pretrain", "--data.shards", url, "--out", tiny.out]) == 2
+    assert "secret" not in capsys.readouterr().err and not Path(tiny.out).exists()
+
+
+def test_places_that_only_look_like_secrets_stay():
+    for url in (
+        "hf://datasets/you/shards@main", "abfs://box@account.dfs.core.windows.net/a", "s3://bucket/a@b/c:1",
+        "http://localhost:8000/a", "memory://o",
+    ):  # fmt: skip
+        assert str(location(url)) == url == redacted(url)
+
+
+def test_secrets_are_taken_out_of_any_text():
+    text = "GET 'https://me:word@a.org:80/x?key=word', then s3://b/c#word and (sftp://word@d) for a@b.org?"
+    assert redacted(text) == "GET 'https://***@a.org:80/x?***', then s3://b/c#*** and (sftp://***@d) for a@b.org?"
+
+
+def test_a_store_that_repeats_a_signature_in_its_error_does_not_publish_it(monkeypatch):
+    def refuse(*_):
+        raise PermissionError("403 for https://cdn.example.org/a?Signature=word")
+
+    monkeypatch.setattr("dino_depth.storage._filesystem", refuse)
+    with pytest.raises(ReportedError, match=r"^s3://b/c: 403 for https://cdn.example.org/a\?\*\*\*$"):
+        location("s3://b/c").read_bytes()
+
+
+def test_a_run_folder_notes_its_command_without_secrets(tiny, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dino-depth", "pretrain", "--data.cache", "s3://me:word@b.org/c?key=word"])
+    RunFolder(tiny, DepthShards.configured(tiny.data)).close()
+    text = Path(tiny.out, "env.json").read_text()
+    assert json.loads(text)["command"] == "dino-depth pretrain --data.cache s3://***@b.org/c?***" and "word" not in text
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -233,6 +278,7 @@ def test_threads_that_want_more_than_the_cache_take_turns(blobs, serve, tmp_path
 
 READ_ALL = """
 import hashlib, json, sys
+from dino_depth.shard_index import INDEX
 from dino_depth.storage import RemotePath, ShardCache
 
 print("ready", flush=True)
@@ -304,6 +350,7 @@ def test_a_name_from_a_manifest_cannot_leave_the_cache(tmp_path):
 FULL_DISK = """
 import json, resource, signal, sys
 from dino_depth.errors import ReportedError
+from dino_depth.shard_index import INDEX
 from dino_depth.storage import RemotePath, ShardCache
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -414,10 +461,11 @@ def test_samples_are_those_of_the_local_folder_also_from_a_cache_that_is_too_sma
     for limit, said in ((10 * largest, 0), (largest, 1)):
         remote = DepthShards([url], ["train"], ShardCache(tmp_path / str(limit), limit / GIB))
         assert capfd.readouterr().err.count("again and again") == said
-        assert [entry.meta for entry in remote.entries] == [entry.meta for entry in local.entries]
+        assert [*map(remote.key, range(len(local)))] == [*map(local.key, range(len(local)))]
         for index in random.Random(1).choices(range(len(local)), k=12):
             assert remote.png(index) == local.png(index) and used(remote.cache.folder) <= limit
             assert np.array_equal(remote.sample(index)[0].depth, local.sample(index)[0].depth)
+            assert remote.description(index) == local.description(index)
 
 
 def test_both_sizes_are_said(shards, tmp_path, capfd):
@@ -426,6 +474,26 @@ def test_both_sizes_are_said(shards, tmp_path, capfd):
     limit = max(path.stat().st_size for path in shards.glob("*.tar")) / GIB
     DepthShards(url, cache=ShardCache(tmp_path / "c", limit))
     assert f"the remote shards have {total:.3g} GiB, cache_gib is {limit:.3g}: " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_windows_fetch_every_shard_once_an_epoch(shards, tmp_path, monkeypatch, capfd, window):
+    rows = json.loads((shards / "manifest.json").read_text())["shards"]
+    room = 2 * max(row["bytes"] for row in rows) + (shards / INDEX).stat().st_size
+    fetched, get = [], RemotePath.get
+    monkeypatch.setattr(RemotePath, "get", lambda self, local: (fetched.append(self.name), get(self, local)))
+    remote = DepthShards(fill_memory(shards, "d"), cache=ShardCache(tmp_path / "c", room / GIB), window=window)
+    assert fetched == [INDEX], "a shard was fetched before one of its maps was read"
+    order = EndlessOrder(remote, DataConfig(window=window), 0)
+    keys = {remote.sample(order[position])[1]["key"] for position in range(len(remote))}
+    assert len(keys) == 84 and used(remote.cache.folder) <= room
+    said = capfd.readouterr().err
+    if window:
+        assert sorted(fetched) == sorted([INDEX, *(row["file"] for row in rows)]) and not said
+        DepthShards(fill_memory(shards, "d"), cache=ShardCache(tmp_path / "c", room / GIB / 3), window=window)
+        assert "two windows of remote shards have" in (said := capfd.readouterr().err) and "lower data.window" in said
+    else:
+        assert len(fetched) > 20 and "data.window reads them in turn" in said
 
 
 def test_local_folders_are_neither_copied_nor_hashed(shards, tmp_path, monkeypatch):
@@ -438,20 +506,24 @@ def test_local_folders_are_neither_copied_nor_hashed(shards, tmp_path, monkeypat
 def test_the_cache_of_a_run_is_its_setting(shards, tmp_path, tiny):
     tiny.data.shards, tiny.data.cache, tiny.data.cache_gib = fill_memory(shards, "d"), str(tmp_path / "mine"), 0.5
     opened = DepthShards.configured(tiny.data)
+    index = opened.manifests[0]["index"]["sha256"]
+    assert held(tmp_path / "mine") == {index}, "a shard was fetched before anybody read a map"
+    for number in range(len(opened)):
+        opened.sample(number)
     assert (opened.cache.folder, opened.cache.limit) == (tmp_path / "mine", GIB // 2)
-    assert held(tmp_path / "mine") == {row["sha256"] for row in opened.manifests[0]["shards"]}
+    assert held(tmp_path / "mine") == {index, *(row["sha256"] for row in opened.manifests[0]["shards"])}
 
 
 def test_a_folder_that_is_not_there_is_one_line(serve, tmp_path):
     (tmp_path / "site" / "a").mkdir(parents=True)
     url = serve(tmp_path / "site").url
     for place in (f"{url}/a", "memory://nowhere"):
-        with pytest.raises(DataError, match=f"{place}: no manifest.json"):
+        with pytest.raises(DataError, match=f"{place} has no manifest.json"):
             DepthShards(place)
         with pytest.raises(DataError, match=f"{place} has no manifest.json"):
             check(CheckConfig(place))
     (tmp_path / "site" / "a" / "manifest.json").write_text('{"version": 2, "shards": [{"file": "x"}]}')
-    with pytest.raises(DataError, match=f"{url}/a/manifest.json: a shard needs file, bytes and sha256"):
+    with pytest.raises(DataError, match=f"{url}/a/manifest.json is not a manifest of dino-depth shards"):
         DepthShards(f"{url}/a")
 
 
@@ -550,7 +622,7 @@ def uploads(monkeypatch) -> list[str]:
 
 def test_what_is_uploaded_equals_the_local_folder_and_nothing_stays(raw, expected, uploads, tmp_path, capsys):
     prepare(settings_for(raw, "memory://o"))
-    assert in_memory() == expected and uploads == sorted(name for name in expected if "tar" in name) + ["manifest.json"]
+    assert in_memory() == expected and uploads == [*sorted(expected)[:3], "index.safetensors", "manifest.json"]
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert "maps in 3 shards" in (said := capsys.readouterr().out) and "in memory://o" in said
     check(CheckConfig("memory://o"))
@@ -674,7 +746,7 @@ def test_a_shard_that_vanishes_before_the_manifest_is_noticed(raw, tmp_path):
     MemoryFileSystem().rm("/o/manifest.json")
     MemoryFileSystem().rm("/o/depth-000002.tar")
     with pytest.raises(DataError, match=r"memory://o/depth-000002.tar: the shard is missing"):
-        publish(tmp_path, RemotePath("memory://o"), manifest)
+        publish(tmp_path, RemotePath("memory://o"), manifest, b"")
     assert "manifest.json" not in in_memory()
 
 

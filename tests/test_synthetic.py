@@ -15,8 +15,9 @@ from PIL import Image
 from data_prep.synthetic import SynthConfig, synth
 from data_prep.synthetic.defects import DEFECTS
 from data_prep.synthetic.parts import CATEGORIES, build, triangles
+from data_prep.synthetic.plan import Sample, generator
 from data_prep.synthetic.render import Camera, Scene, draw_pose, sense, shade
-from data_prep.synthetic.shots import Sample, Setup, generator, shoot
+from data_prep.synthetic.shots import Setup, shoot
 from dino_depth.errors import ConfigError, DataError
 
 CAMERA = Camera(96, 5.5 * 96, 47.5, 47.5)

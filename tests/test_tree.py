@@ -18,8 +18,15 @@ from hypothesis import strategies as st
 
 from data_prep import archives
 from data_prep.archives import RawFile
+from data_prep.folder import FolderOptions
+from data_prep.listing import list_source
 from data_prep.tree import RawTree
+from dino_depth.anomaly.benchmarks import eyecandies12, sim3d
+from dino_depth.anomaly.benchmarks.sim3d import Sim3dOptions
+from dino_depth.bench.sources import Options, open_source
 from dino_depth.errors import DataError
+from dino_depth.inspection.convert import ConvertConfig, convert
+from dino_depth.inspection.parts import instance_folders, read_instance
 
 QUICK = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 KINDS = ["zip", "tar", "tar.gz", "tar.xz", "tar.bz2", "tgz"]
@@ -151,13 +158,26 @@ def test_what_is_neither_folder_nor_archive_is_refused(tmp_path):
     assert "nothing is there" in refused(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("kind", ["tar.gz", "tar.xz", "tar.bz2"])
-def test_an_archive_of_another_kind_than_its_ending_is_refused(tmp_path, kind):
-    for other in ("tar", *COMPRESSED):
-        if other != kind:
-            path = tmp_path / f"{other}.{kind}"
-            path.write_bytes(squeeze(pack_tar(ENTRIES), other))
-            assert "not a readable archive" in refused(path)
+@pytest.mark.parametrize("called", ["zip", "tar", "tar.gz", "tar.xz", "tgz"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_archive_is_what_its_bytes_say_whatever_it_is_called(tmp_path, called, kind):
+    """Eyecandies ships tars named .zip; downloads lose and change endings."""
+    path = pack(tmp_path / f"packed.{kind}").rename(tmp_path / f"other.{called}")
+    assert contents(RawTree(path)) == FILES
+    (tmp_path / "root").mkdir()
+    path.rename(tmp_path / "root" / path.name)
+    tree = RawTree(tmp_path / "root")
+    assert tree.mount_archives()
+    unpacked = {name: tree[name].read() for name in tree.names if name != path.name}
+    assert unpacked == {f"other/{name}": content for name, content in FILES.items()}
+
+
+def test_a_zip_behind_a_program_and_a_tar_with_a_zip_inside(tmp_path):
+    path = pack(tmp_path / "a.zip")
+    path.write_bytes(b"#!/bin/sh\nexec unzip $0\n" + path.read_bytes())
+    assert contents(RawTree(path)) == FILES
+    (tmp_path / "b.zip").write_bytes(pack_tar([("inner.zip", pack(tmp_path / "c.zip").read_bytes())]))
+    assert RawTree(tmp_path / "b.zip").names == ["inner.zip"]
 
 
 # Read once
@@ -188,9 +208,10 @@ def test_reading_in_order_decompresses_an_archive_once(tmp_path, monkeypatch, ki
     random.seed(0)
     names = [f"{random.randrange(1000):03}/{index}.png" for index in range(40)]
     path = pack(tmp_path / f"many.{kind}", [(name, random.randbytes(random.randrange(1, 3000))) for name in names])
-    suffix, journal = f".{kind[4:]}", []
-    opener = archives.COMPRESSED[suffix]
-    monkeypatch.setitem(archives.COMPRESSED, suffix, lambda *args: Watched(opener(*args), journal))
+    journal = []
+    magic = next(magic for magic in archives.COMPRESSED if path.read_bytes().startswith(magic))
+    opener = archives.COMPRESSED[magic]
+    monkeypatch.setitem(archives.COMPRESSED, magic, lambda *args: Watched(opener(*args), journal))
     tree = RawTree(path)
     assert all(place >= here for here, place in journal), "indexing went back"
     journal.clear()
@@ -367,17 +388,76 @@ def test_a_folder_that_vanishes_while_it_is_listed_is_refused(tmp_path, monkeypa
 
 
 def test_links_in_folders_are_followed_but_not_in_circles(tmp_path):
-    spread(tmp_path / "elsewhere", [("0.png", b"0")])
-    root = spread(tmp_path / "root", [("a/1.png", b"1")])
-    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    root = spread(tmp_path / "root", [("a/1.png", b"1"), ("elsewhere/0.png", b"0")])
+    (root / "linked").symlink_to(root / "elsewhere")
     (root / "a" / "up").symlink_to(root)
     (root / "a" / "self").symlink_to(root / "a")
-    (root / "a" / "dangling.png").symlink_to(tmp_path / "absent")
-    tree = RawTree(root)
-    assert tree.names == ["a/1.png", "a/dangling.png", "linked/0.png"]
-    assert tree["linked/0.png"].read() == b"0"
-    with pytest.raises(DataError, match="cannot be read: No such file"):
-        tree["a/dangling.png"].read()
+    (root / "a" / "dangling.png").symlink_to("../absent")
+    (tmp_path / "root, linked").symlink_to(root)
+    for place in (root, tmp_path / "root, linked"):
+        tree = RawTree(place)
+        assert tree.names == ["a/1.png", "a/dangling.png", "elsewhere/0.png", "linked/0.png"]
+        assert tree["linked/0.png"].read() == b"0"
+        with pytest.raises(DataError, match="cannot be read: No such file"):
+            tree["a/dangling.png"].read()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "archive", "link to a link", "nothing"])
+@pytest.mark.parametrize("reader", ["folder", "mvtec_ad"])
+def test_links_out_of_the_root_are_refused(tmp_path, kind, reader):
+    """Also to a folder whose name begins like the root's."""
+    outside = spread(tmp_path / "root-secret", [("0.png", b"0"), ("0.zip", b"0")])
+    root = spread(tmp_path / "root", [("bottle/train/good/1.png", b"1")])
+    target = {"file": outside / "0.png", "archive": outside / "0.zip", "nothing": outside / "absent"}.get(kind, outside)
+    if kind == "link to a link":
+        (outside / "on").symlink_to(outside)
+        target = Path("..", "..", "root-secret", "on")
+    (root / "bottle" / "out").symlink_to(target)
+    with pytest.raises(DataError, match=r"bottle/out is a link to .*root-secret.*out of root .*root: name a root"):
+        list_source(reader, str(root), FolderOptions() if reader == "folder" else None)
+
+
+def sim3d_of(root: Path):
+    (root / "nut" / "nut_real").mkdir(parents=True)
+    sim3d.open_benchmark(str(root), Sim3dOptions())
+
+
+def eyecandies12_of(root: Path):
+    (root / "VIEWS.json").touch()
+    (root / "Lollipop" / "train").mkdir(parents=True)
+    eyecandies12.open_benchmark(str(root))
+
+
+def converted(root: Path):
+    convert(ConvertConfig("bop", str(root), str(root.parent / "converted")))
+
+
+def benched(root: Path):
+    open_source(str(root), Options(frames=2, objects=1, views=2, seed=0))
+
+
+def instance(root: Path):
+    (root / "view_01").mkdir()
+    read_instance(root)
+
+
+@pytest.mark.parametrize("reading", [sim3d_of, eyecandies12_of, converted, benched, instance, instance_folders])
+def test_readers_that_list_folders_by_themselves_refuse_links_out_as_well(tmp_path, reading):
+    outside = spread(tmp_path / "secret", [("view_01/image.png", b"0"), ("0.png", b"0")])
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "out").symlink_to(outside)
+    with pytest.raises(DataError, match=r"root/out is a link to .*secret, out of root .*root: name a root"):
+        reading(tmp_path / "root")
+
+
+def test_a_rig_is_no_link_out_of_its_folder(tmp_path):
+    spread(tmp_path, [("secret.json", b"{}"), ("parts/part/view_01/image.png", b"0"), ("parts/shared.json", b"{}")])
+    rig = tmp_path / "parts" / "rig.json"
+    for target, said in (("../secret.json", "out of root"), ("shared.json", "format is None")):
+        rig.unlink(missing_ok=True)
+        rig.symlink_to(target)
+        with pytest.raises(DataError, match=rf"rig.json.*{said}"):
+            read_instance(tmp_path / "parts" / "part")
 
 
 def test_a_pipe_among_the_files_is_empty_and_nobody_waits_for_it(tmp_path):

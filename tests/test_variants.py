@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from dino_depth.pretrain.export import ExportConfig, export
 from dino_depth.pretrain.masks import draw_masks
 from dino_depth.pretrain.optim import build_optimizer
 from dino_depth.pretrain.student_teacher import Batch, Networks
 from dino_depth.pretrain.train import pretrain
+from dino_depth.publish.export import ExportConfig, export
 
 VARIANTS = [{"registers": 2}, {"positions": "rotary", "registers": 3, "checkpoint_activations": True}]
 

@@ -9,6 +9,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from dino_depth import vit
 from dino_depth.config import ModelConfig, PretrainConfig, parse
+from dino_depth.depth import DepthMap, Normalization, normalize
 from dino_depth.errors import ConfigError
 from dino_depth.pretrain.stochastic_depth import kept_sequences
 from dino_depth.rotary import rotate, rotation
@@ -30,6 +31,35 @@ def test_packed_crops_equal_separate_ones():
     packed = model.forward_packed([large, little], [None, None])
     assert torch.allclose(packed[0], model.forward_features(large), atol=1e-5)
     assert torch.allclose(packed[1], model.forward_features(little), atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_dent_of_a_tenth_of_a_millimetre_reaches_the_first_block(positions, pack):
+    """At .3 m, on a part a quarter of a metre high, in training's and inference's forward pass, under bfloat16."""
+    side = 56
+    depth = np.full((side, side), 0.55)
+    depth[14:42, 14:42] = 0.3
+    dented = depth.copy()
+    dented[18:24, 18:24] += 1e-4
+    sound, dent = (
+        torch.from_numpy(normalize(DepthMap.from_values(values), Normalization()))[None, None]
+        for values in (depth, dented)
+    )
+    model = small(positions=positions).eval()
+    seen = []
+    model.blocks[0].norm1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    crops = [sound, dent]
+    results = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for crop in crops:
+            results.append(model.forward_packed([crop], [None])[0] if pack else model.forward_features(crop))
+    kernel = model.patch_embed.proj.weight.detach().double()
+    expected = torch.nn.functional.conv2d((dent - sound).double(), kernel, stride=14).flatten(2)[0].T  # (patches, dim)
+    before, after = (tokens.double().reshape(-1, 32)[1:] for tokens in seen)
+    assert seen[0].dtype == torch.float32 and expected[5].norm() > 0
+    assert (after - before - expected).norm() < 0.02 * expected.norm()
+    assert not torch.equal(*results)
 
 
 def test_needed_rows_are_those_of_the_whole_pass():

@@ -24,9 +24,7 @@ from typing import BinaryIO
 
 from data_prep.item import SYNTHETIC
 from data_prep.synthetic import layouts
-from data_prep.synthetic.layouts.sim3d import Sim3dOptions
-from data_prep.synthetic.parts import CATEGORIES
-from data_prep.synthetic.shots import Counts, Sample
+from data_prep.synthetic.plan import Counts, Sample, Sim3dOptions
 from dino_depth.config import suggestion
 from dino_depth.errors import ConfigError
 from dino_depth.progress import Progress
@@ -42,16 +40,18 @@ class SynthConfig:
     """Makes a synthetic raw dataset in the on-disk layout of a published one.
 
     Attributes:
-        layout: the dataset whose layout is written: the name of one of prep's readers but folder, or sim3d.
+        layout: the dataset whose layout is written: the name of one of prep's readers but folder; sim3d;
+            or scenes, maps for pretraining that ``prep folder`` reads.
         out: folder of the raw tree, new or empty.
         per_category: training samples of each category; sim3d has one real and one synthetic instance.
         seed: the same seed gives the same bytes.
-        size: height and width of every map, pixels; 400, or 224 for sim3d, if not given.
+        size: height and width of every map, pixels; 400, 224 for sim3d, 160 for scenes, if not given.
         test_per_category: test samples of each category, about half of them defective; two fifths of the training
             samples, at least 12, if not given; 16 for sim3d.
         validation_per_category: defect-free validation samples of each category; a tenth of the training samples, at
             least one, if not given; sim3d has none.
-        categories: names of the categories, or how many of them; all 16 if not given.
+        categories: names of the categories, or how many of them; if not given all: 16, and 68 families for
+            scenes.
         plane: probability that a part lies on a supporting plane; without one it floats in any rotation. In sim3d
             parts stand in the middle of their cameras.
         workers: processes; 0 is one for each core.
@@ -77,7 +77,7 @@ def synth(config: SynthConfig) -> None:
     """Writes the tree.
 
     Raises:
-        ConfigError: an option has an impossible value, or the folder is not empty.
+        ConfigError: an option has an impossible value, the folder is not empty, or the extra ``render`` is missing.
     """
     config, categories, counts = _check(config)
     layout, root, own = _layout(config.layout), Path(config.out), _options(config)
@@ -97,11 +97,11 @@ def synth(config: SynthConfig) -> None:
         layout.finish(root, samples)
     if config.archive:
         for name, folder in layout.archives(root):
-            pack(root, name, folder)
+            pack(root, name, folder, getattr(layout, "ARCHIVES_ARE_TARS", False))
 
 
-def pack(root: Path, name: str, folder: str):
-    """Moves a folder below ``root``, or with "" all of it, into an archive whose suffix says its kind.
+def pack(root: Path, name: str, folder: str, as_tar: bool = False):
+    """Moves a folder below ``root``, or with "" all of it, into an archive: a tar, or what its suffix says.
 
     The same tree gives the same bytes. What an archive of everything holds is left beside it only as SYNTHETIC.json.
     """
@@ -110,7 +110,7 @@ def pack(root: Path, name: str, folder: str):
     target = root / name
     target.parent.mkdir(parents=True, exist_ok=True)
     members = [(path, path.relative_to(base.parent if folder else base).as_posix()) for path in files]
-    if target.suffix == ".zip":
+    if target.suffix == ".zip" and not as_tar:
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
             for path, member in members:
                 archive.writestr(zipfile.ZipInfo(member), path.read_bytes(), zipfile.ZIP_DEFLATED, 1)
@@ -146,6 +146,8 @@ def _check(config: SynthConfig) -> tuple[SynthConfig, list[str], Counts]:
             f"unknown layout {config.layout!r}{suggestion(config.layout, LAYOUTS)} (known: {', '.join(LAYOUTS)})"
         )
     layout = _layout(config.layout)
+    from data_prep.synthetic.parts import CATEGORIES
+
     defaults = {"size": 400} | getattr(layout, "DEFAULTS", {})
     config = replace(config, **{key: value for key, value in defaults.items() if getattr(config, key) is None})
     test = config.test_per_category
@@ -163,7 +165,7 @@ def _check(config: SynthConfig) -> tuple[SynthConfig, list[str], Counts]:
             raise ConfigError(f"{key}: must be at least {least}, got {value}")
     if not 0 <= config.plane <= 1:
         raise ConfigError(f"plane: must be a probability, got {config.plane}")
-    names = list(CATEGORIES)
+    names = list(getattr(layout, "CATEGORIES", CATEGORIES))
     given = layout.objects(*_options(config)) if hasattr(layout, "objects") else []
     if config.categories is None:
         return config, given or names, counts
@@ -172,7 +174,7 @@ def _check(config: SynthConfig) -> tuple[SynthConfig, list[str], Counts]:
             raise ConfigError(f"categories: must be 1..{len(names)}, got {config.categories}")
         return config, names[: config.categories] + given, counts
     for name in config.categories:
-        if name not in CATEGORIES:
+        if name not in names:
             raise ConfigError(f"categories: unknown category {name!r}{suggestion(name, names)}")
     if not config.categories or len(set(config.categories)) < len(config.categories):
         raise ConfigError(f"categories: must name each category once, got {config.categories}")
@@ -180,6 +182,7 @@ def _check(config: SynthConfig) -> tuple[SynthConfig, list[str], Counts]:
 
 
 def _layout(name: str):
+    """The module of a layout, loaded only when it is asked for: it renders, which needs the packages of an extra."""
     return importlib.import_module(f"{layouts.__name__}.{name}")
 
 

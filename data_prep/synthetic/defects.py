@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from manifold3d import Manifold
 from numpy.random import Generator
+
+from data_prep.synthetic.engines import Manifold
 
 __all__ = ["DEFECTS", "damage"]
 

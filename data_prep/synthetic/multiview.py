@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from embreex.mesh_construction import TriangleMesh
-from embreex.rtcore_scene import EmbreeScene
 from numpy.random import Generator
 from scipy.spatial.transform import Rotation
 
+from data_prep.synthetic.engines import EmbreeScene, TriangleMesh
 from data_prep.synthetic.render import MILLIMETRES, Render, dot
 
 __all__ = ["Pinhole", "Solid", "fit", "jitter", "pinhole", "ring"]
@@ -43,6 +42,15 @@ class Pinhole:
     def ray_lengths(self) -> np.ndarray:
         """Lengths of the rays (height, width) float32."""
         return _ray_lengths(self)
+
+    def window(self, points: np.ndarray) -> tuple[slice, slice]:
+        """The smallest part of the image that holds all of the points (points, 3), camera coordinates, z > 0."""
+        places = points[:, :2] / points[:, 2:] * self.focal + self.center
+        low, high = np.floor(places.min(0)).astype(int), np.ceil(places.max(0)).astype(int) + 1
+        rows, columns = (
+            slice(*np.clip((low[axis], high[axis]), 0, size)) for axis, size in ((1, self.height), (0, self.width))
+        )
+        return rows, columns
 
     def matrix(self) -> np.ndarray:
         """The (3, 3) matrix of intrinsics."""
@@ -133,12 +141,13 @@ class Solid:
         Normals are in camera coordinates and point towards the camera, whichever way a triangle faces.
 
         Args:
+            camera: or whatever has the size, rays and window of one.
             pose: (4, 4) from camera coordinates to those of the mesh.
         """
         shape = camera.height, camera.width
         depth, normal = np.zeros(shape, np.float32), np.zeros((*shape, 3), np.float32)
         triangle = np.full(shape, -1, np.int32)
-        window = self._window(camera, pose)
+        window = camera.window((self.vertices - pose[:3, 3]) @ pose[:3, :3])
         rays = camera.rays()[window]
         if rays.size:
             turn = pose[:3, :3].astype(np.float32)
@@ -154,13 +163,3 @@ class Solid:
             np.copyto(normal[window], facing, where=hit[..., None])
             triangle[window] = met
         return Render(depth, normal, triangle >= 0), triangle
-
-    def _window(self, camera: Pinhole, pose: np.ndarray) -> tuple[slice, slice]:
-        """The smallest part of the image that holds all of the mesh, which lies before the camera."""
-        points = (self.vertices - pose[:3, 3]) @ pose[:3, :3]
-        places = points[:, :2] / points[:, 2:] * camera.focal + camera.center
-        low, high = np.floor(places.min(0)).astype(int), np.ceil(places.max(0)).astype(int) + 1
-        rows, columns = (
-            slice(*np.clip((low[axis], high[axis]), 0, size)) for axis, size in ((1, camera.height), (0, camera.width))
-        )
-        return rows, columns

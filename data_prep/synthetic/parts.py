@@ -9,17 +9,22 @@ import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from manifold3d import CrossSection, Manifold, Mesh, OpType
 from numpy.random import Generator
 
-__all__ = ["CATEGORIES", "build", "triangles"]
+from data_prep.synthetic.engines import CrossSection, Manifold, Mesh, OpType
+
+__all__ = ["CATEGORIES", "build", "rest", "triangles"]
 
 SEGMENTS = 44  # facets of a large circle: enough that a cylinder looks round at 400 pixels
 
 
 def build(category: str, rng: Generator) -> Manifold:
     """A random part of a category: longest side 1, centred over the origin, resting on z = 0."""
-    part = CATEGORIES[category](rng)
+    return rest(CATEGORIES[category](rng))
+
+
+def rest(part: Manifold) -> Manifold:
+    """A solid moved and scaled: longest side 1, centred over the origin, resting on z = 0."""
     low_x, low_y, low_z, high_x, high_y, high_z = part.bounding_box()
     scale = 1 / max(high_x - low_x, high_y - low_y, high_z - low_z)
     part = part.translate((-(low_x + high_x) / 2, -(low_y + high_y) / 2, -low_z))

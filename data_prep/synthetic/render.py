@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from embreex.mesh_construction import TriangleMesh
-from embreex.rtcore_scene import EmbreeScene
 from numpy.random import Generator
+
+from data_prep.synthetic.engines import EmbreeScene, TriangleMesh
 
 __all__ = ["Camera", "Pose", "Render", "Scene", "dot", "draw_pose", "sense", "shade"]
 

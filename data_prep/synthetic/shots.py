@@ -1,48 +1,23 @@
 """One shot: a random part in a random pose before its background, sound or with one visible defect and its mask."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from manifold3d import Manifold
 from numpy.random import Generator
 
 from data_prep.synthetic.defects import damage
+from data_prep.synthetic.engines import Manifold
 from data_prep.synthetic.parts import build, triangles
+from data_prep.synthetic.plan import Sample, generator
 from data_prep.synthetic.render import Camera, Pose, Render, Scene, dot, draw_pose
 from dino_depth.errors import DataError
 
-__all__ = ["Counts", "Sample", "Setup", "Shot", "generator", "shoot"]
+__all__ = ["Setup", "Shot", "shoot"]
 
 ATTEMPTS = 40
 POSES = 8  # a part that floats freely can show a side on which a kind of defect never shows
 SHOTS_PER_PART = 4  # consecutive samples show the same part in other poses
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Samples per category: defect-free training and validation samples, and test samples of both kinds."""
-
-    train: int
-    validation: int
-    test: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What identifies a sample, and with the seed determines it.
-
-    Attributes:
-        label: the layout's name of its defect, or "good".
-        index: its number among the samples of the same category, split and, where the layout has one folder for each
-            label, label.
-    """
-
-    category: str
-    split: str
-    label: str
-    index: int
 
 
 @dataclass(frozen=True)
@@ -69,12 +44,6 @@ class Shot:
     mask: np.ndarray
     camera: Camera
     pose: Pose
-
-
-def generator(*key: object) -> Generator:
-    """A random generator that depends on the key only, not on what was drawn before or by whom."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return np.random.default_rng(np.frombuffer(digest, "<u4"))
 
 
 @lru_cache(maxsize=1)

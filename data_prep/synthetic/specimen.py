@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from manifold3d import Error, Manifold, Mesh
 from numpy.random import Generator
 from scipy.ndimage import binary_erosion
 
+from data_prep.synthetic.engines import Error, Manifold, Mesh
+from data_prep.synthetic.meshes import read_mesh
 from data_prep.synthetic.multiview import Pinhole, Solid, fit, jitter, pinhole, ring
 from data_prep.synthetic.nuisances import Difficulty, Material, draw_material
 from data_prep.synthetic.parts import build, triangles
+from data_prep.synthetic.plan import generator
 from data_prep.synthetic.render import Render, dot
-from data_prep.synthetic.shots import generator
 from data_prep.synthetic.surface_defects import Damaged, changed_points, damage_surface
 from dino_depth.errors import DataError
 
-__all__ = ["Instance", "Specimen", "View", "damaged_instance", "read_mesh", "sound_instance", "specimen"]
+__all__ = ["Instance", "Specimen", "View", "damaged_instance", "sound_instance", "specimen"]
 
 FILL = 0.9  # of the way from the principal point to the nearer edge of an image
 ATTEMPTS = 40
@@ -69,28 +70,6 @@ def specimen(key: tuple, category: str, mesh: str | None, height: int, width: in
     vertices, camera, poses = vertices.astype(np.float64), pinhole(height, width), ring(views, rings)
     scale = fit(vertices, camera, poses, FILL)
     return Specimen(vertices, faces, solid, scale, Solid(scale * vertices, faces), draw_material(rng), camera, poses)
-
-
-def read_mesh(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices (vertices, 3) float64 in the file's own unit and triangle corners (triangles, 3) int32.
-
-    Raises:
-        DataError: not a readable mesh with an extent.
-    """
-    import trimesh
-
-    try:
-        mesh = trimesh.load_mesh(path)
-        vertices, faces = np.asarray(mesh.vertices, np.float64), np.asarray(mesh.faces, np.int32)
-    except OSError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: not a readable mesh ({type(error).__name__}: {reason})") from error
-    if not len(faces) or not np.isfinite(vertices).all() or np.ptp(vertices[faces].reshape(-1, 3), axis=0).max() <= 0:
-        raise DataError(f"{path}: the mesh has no triangles or no finite extent")
-    used, places = np.unique(faces, return_inverse=True)
-    return vertices[used], places.reshape(-1, 3).astype(np.int32)
 
 
 @dataclass(frozen=True)

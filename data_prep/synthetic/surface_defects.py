@@ -8,10 +8,10 @@ wall bends as a whole. Missing parts are cut out and therefore need a watertight
 from dataclasses import dataclass
 
 import numpy as np
-from manifold3d import Manifold
 from numpy.random import Generator
 
 from data_prep.synthetic.defects import tangents
+from data_prep.synthetic.engines import Manifold
 
 __all__ = ["BOTH", "DEPTH", "IMAGE", "Damaged", "Paint", "changed_points", "damage_surface", "refine"]
 

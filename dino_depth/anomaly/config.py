@@ -1,26 +1,27 @@
 """The settings of ``dino-depth evaluate``."""
 
 import os
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass, replace
+from typing import Any, Literal
 
 from dino_depth.anomaly.benchmarks import BenchmarkConfig
 from dino_depth.anomaly.foreground import ForegroundConfig
-from dino_depth.anomaly.heads.modmap import ModMapConfig
-from dino_depth.anomaly.heads.patchcore import PatchCoreConfig
+from dino_depth.anomaly.heads import names, open_head
+from dino_depth.anomaly.model import PrepareConfig
 from dino_depth.anomaly.scoring import MetricsConfig
 from dino_depth.anomaly.volume import VoxelConfig
 from dino_depth.frozen import FAMILIES
 from dino_depth.frozen.exported import DEFAULT
 from dino_depth.frozen.specs import parse_spec
 
-__all__ = ["EncoderConfig", "EvaluateConfig", "HeadConfig", "everywhere"]
+__all__ = ["EncoderConfig", "Encoders", "EvaluateConfig", "HeadConfig", "MethodConfig", "everywhere"]
 
-FROM_FILES = ("", "transformers", "defm")  # families whose names may be paths
+FROM_FILES = ("", "transformers", "defm", "point-mae")  # families whose names may be paths
 
 
 @dataclass
-class EncoderConfig:
+class Encoders:
     """The frozen encoders; see ``dino_depth/frozen/__init__.py`` for their names.
 
     Attributes:
@@ -28,8 +29,6 @@ class EncoderConfig:
         depth: of the depth maps; empty for none.
         size: side of the padded square that encoders see, pixels.
         depth_size: the same of depth alone, where its patches are of another size; empty: ``size``.
-        cache: folder of encoded views, which runs may share; empty: ``features`` in the run's folder.
-        cache_gib: size it never exceeds, GiB.
         batch: views encoded at once.
     """
 
@@ -37,29 +36,69 @@ class EncoderConfig:
     depth: str = ""
     size: int = 896
     depth_size: int | None = None
-    cache: str = ""
-    cache_gib: float = 20.0
     batch: int = 8
 
 
 @dataclass
-class HeadConfig:
-    """The method.
+class EncoderConfig(Encoders):
+    """The frozen encoders; see ``dino_depth/frozen/__init__.py`` for their names.
 
     Attributes:
-        name: of the head whose settings below count.
-        multiclass: one model for all classes instead of one for each.
-        cache: folder of fitted heads, which runs may share: settings that only act when a head scores then cost no
-            fit; empty: ``heads`` in the run's folder.
-        modmap: ModMap, and CFM as its first two steps.
-        patchcore: PatchCore.
+        image: of the images; empty for none.
+        depth: of the depth maps; empty for none.
+        size: side of the padded square that encoders see, pixels.
+        depth_size: the same of depth alone, where its patches are of another size; empty: ``size``.
+        batch: views encoded at once.
+        cache: folder of encoded views, which runs may share; empty: ``features`` in the run's folder.
+        cache_gib: size it never exceeds, GiB.
     """
 
-    name: Literal["modmap", "patchcore"] = "modmap"
-    multiclass: bool = False
     cache: str = ""
-    modmap: ModMapConfig = field(default_factory=ModMapConfig)
-    patchcore: PatchCoreConfig = field(default_factory=PatchCoreConfig)
+    cache_gib: float = 20.0
+
+
+def method_config(title: str, default: str, options: Sequence[tuple[str, type, Any, str]] = ()) -> type:
+    """A configuration with the name of a head and the settings of every head found in ``heads``.
+
+    Args:
+        title: of the class.
+        default: name of the head.
+        options: name, type, default and explanation of what it holds besides.
+    """
+    known = names()
+    heads = [(name, open_head(name).Config) for name in known]
+    made = make_dataclass(
+        title,
+        [
+            ("name", Literal[tuple(known)], default),
+            *((name, kind, value) for name, kind, value, _ in options),
+            *((name, kind, field(default_factory=kind)) for name, kind in heads),
+        ],
+    )
+    made.__module__ = __name__
+    told = [("name", "of the head whose settings below count."), *((name, text) for name, _, _, text in options)]
+    told += [(name, _first_sentence(kind)) for name, kind in heads]
+    made.__doc__ = "The method.\n\n    Attributes:\n" + "".join(f"        {name}: {text}\n" for name, text in told)
+    return made
+
+
+def _first_sentence(kind: type) -> str:
+    return " ".join(kind.__doc__.split("\n\n")[0].split())
+
+
+HeadConfig = method_config(
+    "HeadConfig",
+    "modmap",
+    [
+        ("multiclass", bool, False, "one model for all classes instead of one for each."),
+        (
+            "cache", str, "",
+            "folder of fitted heads, which runs may share: settings that only act when a head scores then cost no fit; "
+            "empty: ``heads`` in the run's folder.",
+        ),
+    ],
+)  # fmt: skip
+MethodConfig = method_config("MethodConfig", "residual")  # of one's own parts
 
 
 @dataclass
@@ -72,8 +111,11 @@ class EvaluateConfig:
         categories: classes; all if empty.
         seeds: number of seeds, 0, 1, ...
         device: ``auto`` (cuda where there is one), ``cuda`` or ``cpu``.
+        processes: among which the test instances are dealt, on this machine; they share its cores, and each needs
+            the memory of one instance.
         encoder: the frozen encoders.
         head: the method.
+        prepare: what is done around it: registration, standardised features, smoothed maps.
         foreground: which pixels are the object.
         volume: the grid of voxels, and how the modalities' maps meet (that also for a single view).
         metrics: what is measured.
@@ -84,8 +126,10 @@ class EvaluateConfig:
     categories: list[str] = field(default_factory=list)
     seeds: int = 1
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    processes: int = 1
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
     foreground: ForegroundConfig = field(default_factory=ForegroundConfig)
     volume: VoxelConfig = field(default_factory=VoxelConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

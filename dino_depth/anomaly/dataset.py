@@ -6,7 +6,8 @@ to another process.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from dino_depth.config import suggestion
 from dino_depth.depth import DepthMap
 from dino_depth.errors import ConfigError, DataError
 
-__all__ = ["Benchmark", "Sample", "Split", "Truth", "View", "Voxels", "named"]
+__all__ = ["Benchmark", "Sample", "Split", "Truth", "View", "Voxels", "given", "held", "named"]
 
 Split = Literal["train", "validation", "test"]
 
@@ -133,6 +134,29 @@ class Sample:
     read_truth: Callable[[], Truth | None]
 
 
+def held(sample: Sample) -> Sample:
+    """The sample with its views in memory, since several stages look at them.
+
+    Raises:
+        DataError: a view cannot be read; the message names it.
+    """
+    views = []
+    for view in sample.views:
+        place = f"{sample.category}/{sample.name}, view {view.name}"
+        image, depth = (named(place, read) for read in (view.read_image, view.read_depth))
+        views.append(replace(view, read_image=given(image), read_depth=given(depth)))
+    return replace(sample, views=tuple(views))
+
+
+def given(value: Any) -> Callable[[], Any]:
+    """A reader of what is in memory; like all readers of a sample it can go to another process."""
+    return partial(_same, value)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A benchmark, as the modules in ``benchmarks`` open one.
@@ -144,6 +168,7 @@ class Benchmark:
         list_category: every sample of a class, all splits; raises DataError.
         check_category: measures what would contradict the settings of a class, from a few samples, and returns it for
             the results; raises DataError. None where nothing can be checked.
+        pixels: results are measured in the pixels of all views, though they have cameras, and not in a volume.
     """
 
     name: str
@@ -151,6 +176,7 @@ class Benchmark:
     categories: tuple[str, ...]
     list_category: Callable[[str], list[Sample]]
     check_category: Callable[[str], dict[str, float]] | None = None
+    pixels: bool = False
 
     def samples(self, category: str, split: Split) -> list[Sample]:
         """The samples of a split, in a fixed order, all with as many views as all others of the class.

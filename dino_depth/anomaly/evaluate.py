@@ -1,54 +1,72 @@
 """``dino-depth evaluate``: frozen encoders and a head on a benchmark, from raw views to results with intervals.
 
-A cell is a class with a seed. For each, every view is encoded once (``FeatureStore``), the head is fitted on the
-training samples, each test instance is scored, its maps become a volume or stay pixels, and the metrics follow with
-bootstrap intervals over instances. A finished cell is written at once; a killed run, started again with the same
-command, goes on after it. See ``results.py`` for the files.
+For each class every view is encoded once (``FeatureStore``), heads are fitted on the training samples, one for each
+seed, and each test instance is scored by all of them: its maps become a volume or stay pixels. Then a trial, a class
+with a seed, gets its metrics with bootstrap intervals over instances. What is finished is written at once; a killed
+run, started again with the same command, goes on after its last instance. See ``results.py`` for the files.
 
-``evaluate`` does all of it in one process. A cluster does the same in pieces: ``check`` and ``begin`` once,
-``compute`` for any of the ``fits``, anywhere, and ``finish`` at the end.
+``evaluate`` does all of it, in one process or several. A cluster does the same in pieces: ``check`` and ``begin`` once,
+``compute`` for any range of the ``instances``, anywhere, and ``finish`` at the end.
 """
 
+import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from logging import getLogger
 from pathlib import Path
+from typing import Any
 
 from dino_depth.anomaly.benchmarks import open_benchmark
-from dino_depth.anomaly.cells import Cost, Session, fit_head, make_cell
 from dino_depth.anomaly.config import EncoderConfig, EvaluateConfig, HeadConfig
 from dino_depth.anomaly.dataset import Benchmark
 from dino_depth.anomaly.features import FeatureStore
+from dino_depth.anomaly.heads import Facts, open_head
+from dino_depth.anomaly.instances import Session, has_template, score_instances
+from dino_depth.anomaly.processes import run_processes
 from dino_depth.anomaly.results import Run
+from dino_depth.anomaly.trials import make_trial
+from dino_depth.anomaly.volume import check_size
 from dino_depth.config import suggestion
 from dino_depth.device import pick_device
 from dino_depth.errors import ConfigError, DataError, Interrupted
 from dino_depth.frozen import load_frozen
 
 __all__ = [
-    "EncoderConfig", "EvaluateConfig", "HeadConfig", "begin", "check", "compute", "evaluate", "finish", "fits",
+    "EncoderConfig", "EvaluateConfig", "HeadConfig", "Instance", "begin", "check", "compute", "deal", "evaluate",
+    "finish", "instances", "stopping",
 ]  # fmt: skip
 
 MISSING_SHOWN = 3
+RAW = 8  # pixels of a patch that a template compares where a run has no features of images
+log = getLogger("dino_depth")
 
-Fit = tuple[list[str], int]  # the classes of one head, and its seed
+Instance = tuple[str, str]  # its class and its name
 
 
-def evaluate(config: EvaluateConfig) -> None:
-    """Writes the results of all cells.
+def evaluate(config: EvaluateConfig):
+    """Writes the results of all trials.
 
     Raises:
         ConfigError: a setting that cannot work, or that changed since the run began.
         DataError: a class is empty, a view missing or unreadable, a calibration wrong, or a number not finite; the
             message names it.
-        Interrupted: a signal came; finished cells are kept.
+        Interrupted: a signal came; what is finished is kept.
     """
     session, categories = begin(config)
-    with _stopping(), session.run.held():
-        for group, seed in fits(config, categories):
-            _fit_and_score(session, group, seed, lambda: session.run.write_results(categories))
-        session.run.write_results(categories)
+    with stopping(), session.run.held():
+        wanted = [one for one in instances(session.benchmark, categories) if session.run.waiting(*one)]
+        if config.processes > 1 and len(wanted) > 1:
+            shares = deal(wanted, config.processes)
+            run_processes(_compute, [(config, share) for share in shares])
+            wanted = []
+        for group in _groups(config, categories):
+            score_instances(session, group, [one for one in wanted if one[0] in group])
+            for category in group:
+                _measure(session.run, session.benchmark, category)
+                session.run.write_results(categories)
+    print(f"{session.run.path}: {session.run.verdict}")
 
 
 def check(config: EvaluateConfig) -> tuple[Benchmark, list[str]]:
@@ -60,25 +78,40 @@ def check(config: EvaluateConfig) -> tuple[Benchmark, list[str]]:
     """
     if config.seeds < 1:
         raise ConfigError(f"seeds: must be at least 1, got {config.seeds}")
+    if config.processes < 1:
+        raise ConfigError(f"processes: must be at least 1, got {config.processes}")
     if not config.out:
         raise ConfigError("--out is missing: name the folder of the results")
-    if config.head.name == "modmap" and not (config.encoder.image and config.encoder.depth):
-        missing = "depth" if config.encoder.image else "image"
-        raise ConfigError(f"--encoder.{missing} is missing: modmap maps features of both modalities")
     benchmark = open_benchmark(config.data)
-    return benchmark, _categories(config, benchmark)
+    categories = _categories(config, benchmark)
+    first = benchmark.samples(categories[0], "train")
+    facts = Facts(
+        frozenset(name for name in ("image", "depth") if getattr(config.encoder, name)),
+        min(benchmark.views(category) for category in categories),
+        all(view.camera is not None for view in first[0].views),
+        min(len(benchmark.samples(category, "train")) for category in categories),
+        len(categories) if config.head.multiclass else 1,
+    )
+    open_head(config.head.name).check(getattr(config.head, config.head.name), facts)
+    if config.prepare.registration.method != "none" and not facts.cameras:
+        raise ConfigError(f"prepare.registration.method icp needs calibrated views: {config.data.name} has none")
+    for category in () if config.volume.size_mm is None or benchmark.pixels else categories:
+        sample = min(benchmark.samples(category, "test"), key=lambda sample: sample.label != "anomalous")
+        check_size(config.volume, sample.read_truth(), f"{category}/{sample.name}")
+    return benchmark, categories
 
 
 def begin(config: EvaluateConfig, device: str = "") -> tuple[Session, list[str]]:
-    """Loads the encoders and opens the folder, new or to be continued; what cells need, and the classes.
+    """Loads the encoders and opens the folder, new or to be continued; what trials need, and the classes.
 
     Args:
         device: where to compute, on machines that share a configuration; empty: as configured.
     """
     chosen = pick_device(device or config.device)
     benchmark, categories = check(config)
+    needs = open_head(config.head.name).needs(getattr(config.head, config.head.name))
     encoders = {
-        modality: load_frozen(spec, modality=modality, device=chosen) if spec else None
+        modality: load_frozen(spec, modality=modality, device=chosen) if spec and modality in needs else None
         for modality, spec in (("image", config.encoder.image), ("depth", config.encoder.depth))
     }
     encoder = config.encoder
@@ -91,47 +124,114 @@ def begin(config: EvaluateConfig, device: str = "") -> tuple[Session, list[str]]
         object_pixels=config.foreground,
         batch=encoder.batch,
     )
+    _compare_cache(store, benchmark, categories)
     facts = {f"{name} encoder": part and part.fingerprint for name, part in encoders.items()}
     facts |= {"setup": benchmark.setup, "synthetic": (Path(config.data.root) / "SYNTHETIC.json").is_file()}
     if config.head.multiclass:
         facts["classes of the model"] = categories
-    return Session(config, benchmark, store, Run(config, facts), chosen), categories
+    images = None
+    if config.metrics.template and any(has_template(benchmark, category) for category in categories):
+        images = store if "image" in store.encoders else _raw_images(store, chosen)
+    return Session(config, benchmark, store, Run(config, facts), chosen, images), categories
 
 
-def fits(config: EvaluateConfig, categories: list[str]) -> list[Fit]:
-    """All heads: one of each class or one of all classes, for each seed; those of the same classes stand together."""
-    groups = [categories] if config.head.multiclass else [[category] for category in categories]
-    return [(group, seed) for group in groups for seed in range(config.seeds)]
+def _raw_images(store: FeatureStore, device: Any) -> FeatureStore:
+    """Raw patches of the images on the grid of a run that does not encode them; cheaper than a cache."""
+    encoder = load_frozen(f"raw-patches?patch={RAW}", modality="image", device=device)
+    return FeatureStore(encoder, None, RAW * store.cells, object_pixels=store.object_pixels, batch=store.batch)
 
 
-def compute(config: EvaluateConfig, share: list[Fit], device: str = "") -> None:
-    """Computes the cells of some heads; other processes, on any machine, may compute others at the same time.
+def _compare_cache(store: FeatureStore, benchmark: Benchmark, categories: list[str]):
+    """Says at the start where the features of a run do not fit into their cache: the oldest would make room."""
+    views = sum(
+        len(benchmark.samples(category, split)) * benchmark.views(category)
+        for category in categories
+        for split in ("train", "test")
+    )
+    needed = views * store.bytes_per_view()
+    if store.cache is not None and needed > store.cache.limit:
+        log.warning(
+            "the features of %d views take %.1f GiB, encoder.cache_gib is %.1f: another seed or row encodes again; "
+            "set encoder.cache_gib %d",
+            views,
+            needed / 2**30,
+            store.cache.limit / 2**30,
+            math.ceil(needed / 2**30),
+        )
+
+
+def instances(benchmark: Benchmark, categories: Sequence[str]) -> list[Instance]:
+    """All test instances, class by class."""
+    return [(category, sample.name) for category in categories for sample in benchmark.samples(category, "test")]
+
+
+def deal(wanted: Sequence[Any], parts: int) -> list[list[Any]]:
+    """Ranges of nearly the same size in order, ``parts`` of them or as many as there are instances."""
+    parts = min(parts, len(wanted))
+    bounds = [len(wanted) * part // parts for part in range(parts + 1)]
+    return [list(wanted[first:end]) for first, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def compute(config: EvaluateConfig, share: Sequence[Instance], device: str = ""):
+    """Scores some instances with all seeds; other processes, on any machine, may score others at the same time.
 
     Raises:
         As ``evaluate``.
     """
-    session, _ = begin(config, device)
-    with _stopping(), session.run.held(shared=True):
-        for group, seed in share:
-            _fit_and_score(session, group, seed)
+    session, categories = begin(config, device)
+    with session.run.held(shared=True):
+        _score_share(session, categories, share)
 
 
-def finish(config: EvaluateConfig, categories: list[str]) -> None:
-    """Writes the results of the cells that are there.
+def _compute(config: EvaluateConfig, share: Sequence[Instance]):
+    """``compute`` for a process that holds the run's folder."""
+    _score_share(*begin(config), share)
+
+
+def _score_share(session: Session, categories: list[str], share: Sequence[Instance]):
+    with stopping():
+        for group in _groups(session.config, categories):
+            score_instances(session, group, [(category, name) for category, name in share if category in group])
+
+
+def _groups(config: EvaluateConfig, categories: list[str]) -> list[list[str]]:
+    """The classes of each head."""
+    return [categories] if config.head.multiclass else [[category] for category in categories]
+
+
+def finish(config: EvaluateConfig):
+    """Measures the trials whose instances are all scored, and writes the results of what is there.
 
     Raises:
-        DataError: cells are missing: the same command computes exactly those.
+        DataError: instances are not scored: the same command scores exactly those.
     """
+    benchmark, categories = check(config)
     run = Run(config)
+    missing = [
+        f"{category}/{name} seed {seed}"
+        for category, name in instances(benchmark, categories)
+        for seed in run.waiting(category, name)
+    ]
     with run.held():
+        for category in categories:
+            _measure(run, benchmark, category)
         run.write_results(categories)
-    wanted = [(category, seed) for category in categories for seed in range(config.seeds)]
-    if missing := [f"{category} seed {seed}" for category, seed in wanted if (category, seed) not in run.cells]:
+    if missing:
         more = ", ..." if len(missing) > MISSING_SHOWN else ""
+        total = len(instances(benchmark, categories)) * config.seeds
         raise DataError(
-            f"{config.out}: {len(missing)} of {len(wanted)} cells are not computed "
-            f"({', '.join(missing[:MISSING_SHOWN])}{more}): run the same command again to compute them"
+            f"{config.out}: {len(missing)} of {total} instances are not scored "
+            f"({', '.join(missing[:MISSING_SHOWN])}{more}): run the same command again to score them"
         )
+    print(f"{run.path}: {run.verdict}")
+
+
+def _measure(run: Run, benchmark: Benchmark, category: str):
+    """The trials of a class whose instances are all scored."""
+    names = [name for _, name in instances(benchmark, [category])]
+    for seed in range(run.config.seeds):
+        if (category, seed) not in run.trials and not any(seed in run.waiting(category, name) for name in names):
+            run.add(*make_trial(run, benchmark, category, seed))
 
 
 def _categories(config: EvaluateConfig, benchmark: Benchmark) -> list[str]:
@@ -153,14 +253,14 @@ def _categories(config: EvaluateConfig, benchmark: Benchmark) -> list[str]:
     for category in categories:
         benchmark.samples(category, "train")
         labels = [sample.label for sample in benchmark.samples(category, "test")]
-        if set(labels) != {"good", "anomalous"}:
+        if set(labels) not in ({"good", "anomalous"}, {"good"}):
             counts = ", ".join(f"{labels.count(label)} {label}" for label in sorted(set(labels)))
-            raise DataError(f"{benchmark.name} {category}: need good and anomalous test samples, got {counts}")
+            raise DataError(f"{benchmark.name} {category}: need good test samples, anomalous beside them, got {counts}")
     return categories
 
 
 @contextmanager
-def _stopping() -> Iterator[None]:
+def stopping() -> Iterator[None]:
     """Turns signals into Interrupted; files are whole at any time."""
 
     def stop(number, frame):
@@ -175,16 +275,3 @@ def _stopping() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _fit_and_score(session: Session, group: list[str], seed: int, after: Callable[[], None] = lambda: None):
-    """One head and the cells it scores, except those that are finished; the first of them bears the cost of the fit."""
-    waiting = [category for category in group if (category, seed) not in session.run.cells]
-    if not waiting:
-        return
-    cost = Cost(session.store)
-    head = fit_head(session, group, seed, cost)
-    for category in waiting:
-        session.run.add(*make_cell(session, head, category, group.index(category), seed, cost))
-        after()
-        cost = Cost(session.store)

@@ -2,13 +2,14 @@
 
     <sha256 of the key>.features    sha256 of the rest, 32 bytes; float16, little-endian, in C order
     <sha256 of the key>.HOST.PROCESS.part   being written
-    lock                            locked while files are written and removed
+    lock                            locked while files are written and removed; holds the bytes of all entries, as text
 
 Any number of processes may use a folder at once. Whatever stops a process, an entry is whole or absent; one that was
-damaged later does not match its own sha256, is removed and counts as absent.
+damaged later does not match its own sha256, is removed and counts as absent. The bytes in ``lock`` are never fewer than
+there are, so the folder, which may hold a hundred thousand entries, is looked at only where they reach the limit, and
+once by every process.
 """
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -22,14 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from dino_depth.errors import ConfigError, ReportedError
+from dino_depth.lock import NO_LOCKS
 
-__all__ = ["FeatureCache"]
+__all__ = ["DIGEST", "FeatureCache"]
 
 DIGEST = hashlib.sha256().digest_size
 SUFFIX, PARTIAL = ".features", ".part"
 STALE_SECONDS = 3600  # a younger partial file may be another process's
-# Some cluster file systems are mounted without locks; two writers may then exceed the limit by what each of them adds.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 log = getLogger("dino_depth")
 
 
@@ -48,7 +48,7 @@ class FeatureCache:
         if not gib > 0:
             raise ConfigError(f"limit of the feature cache must be above 0 GiB, got {gib}")
         self.folder, self.limit = Path(folder), int(gib * 2**30)
-        self._warned = False
+        self._warned = self._looked = False
 
     def read(self, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
         """The array of a key, or None where there is none.
@@ -84,12 +84,11 @@ class FeatureCache:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._exclusive():
-                # One look at the folder for all that fit together: it may hold a hundred thousand entries.
-                together = sum(2 * array.size + DIGEST for array in arrays.values())
-                roomy = together <= self.limit and self._make_room(together)
+            with self._exclusive() as lock:
+                sizes = {key: 2 * array.size + DIGEST for key, array in arrays.items()}
+                roomy = sum(sizes.values()) <= self.limit and self._reserve(lock, sum(sizes.values()))
                 for key, array in arrays.items():
-                    if roomy or self._make_room(2 * array.size + DIGEST):
+                    if roomy or self._reserve(lock, sizes[key]):
                         self._store(key, np.ascontiguousarray(array, "<f2").tobytes())
         except OSError as error:
             reason = f"feature cache {self.folder}: {error.strerror or error}"
@@ -103,13 +102,29 @@ class FeatureCache:
         os.utime(partial, ns=(time.time_ns(), time.time_ns()))
         os.replace(partial, self.folder / f"{key}{SUFFIX}")
 
-    def _make_room(self, size: int) -> bool:
-        """Removes what a kill left behind, and old entries until ``size`` bytes more are within the limit."""
+    def _reserve(self, lock: int, size: int) -> bool:
+        """Counts ``size`` bytes more, after making room where they would exceed the limit."""
         if size > self.limit:
             if not self._warned:
                 log.warning("one entry of %s has %d bytes, more than its limit: not stored", self.folder, size)
             self._warned = True
             return False
+        text = os.pread(lock, 32, 0)
+        used = int(text) if text.isdigit() else None
+        if used is None or not self._looked or used + size > self.limit:
+            used = self._make_room(size)
+        self._looked = True
+        # Before anything is stored: whatever stops the process, they are not too few.
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(used + size).encode(), 0)
+        return True
+
+    def _make_room(self, size: int) -> int:
+        """Removes what a kill left behind, and old entries until ``size`` bytes more are within the limit.
+
+        Returns:
+            The bytes of what is left.
+        """
         entries = []
         for entry in os.scandir(self.folder):
             try:
@@ -126,10 +141,11 @@ class FeatureCache:
                 break
             (self.folder / name).unlink(missing_ok=True)
             used -= taken
-        return True
+        return used - size
 
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[int]:
+        """The descriptor of the lock's file, held."""
         lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
@@ -137,6 +153,7 @@ class FeatureCache:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-            yield
+                self._looked = False  # others may write the same number at the same time: only the folder says it
+            yield lock
         finally:
             os.close(lock)

@@ -9,6 +9,7 @@ cache or were just computed, so that both give the same bits.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino_depth.anomaly.dataset import Sample, View
-from dino_depth.anomaly.feature_cache import FeatureCache
+from dino_depth.anomaly.dataset import Sample, View, named
+from dino_depth.anomaly.feature_cache import DIGEST, FeatureCache
 from dino_depth.anomaly.foreground import ForegroundConfig, cell_share, foreground
 from dino_depth.anomaly.geometry import resize_camera
 from dino_depth.depth import DepthMap
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.frozen import FrozenEncoder, common_grid
 
-__all__ = ["FeatureStore", "SampleFeatures"]
+__all__ = ["FeatureStore", "SampleFeatures", "camera_matrix"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +36,16 @@ class SampleFeatures:
         image: (views, rows, columns, dim) float32; dim is 0 where images were not encoded.
         depth: (views, rows, columns, dim) float32; dim is 0 where depth was not encoded.
         share: (views, rows, columns) float32, share of each cell's area that is foreground with valid depth.
+        class_index: place of the sample's class among those of the head.
     """
 
     image: Tensor
     depth: Tensor
     share: Tensor
+    class_index: int = 0
+
+
+CELLS = 32  # along a side of the grid, where no encoder has one
 
 
 class FeatureStore:
@@ -59,8 +65,8 @@ class FeatureStore:
         cells: rows and columns of the grid.
 
     Raises:
-        ConfigError: the encoders' grids differ (the message names sizes that fit), an encoder is for the other
-            modality, or there is none.
+        ConfigError: the encoders' grids differ (the message names sizes that fit), or an encoder is for the other
+            modality.
     """
 
     def __init__(
@@ -76,8 +82,6 @@ class FeatureStore:
     ):
         given = {"image": image_encoder, "depth": depth_encoder}
         self.encoders = {modality: encoder for modality, encoder in given.items() if encoder is not None}
-        if not self.encoders:
-            raise ConfigError("no encoder: name one for images, for depth, or both")
         for modality, encoder in self.encoders.items():
             if encoder.modality != modality:
                 raise ConfigError(f"{encoder.name} was loaded for {encoder.modality}, not for {modality}")
@@ -86,16 +90,21 @@ class FeatureStore:
         self.sizes = dict(zip(("image", "depth"), (size, size) if isinstance(size, int) else size, strict=True))
         if len(self.encoders) == 2:
             self.cells = common_grid(image_encoder, depth_encoder, self.sizes["image"], self.sizes["depth"])
-        else:
+        elif self.encoders:
             ((modality, encoder),) = self.encoders.items()
             self.cells = encoder.grid(self.sizes[modality])
+        else:
+            self.cells = CELLS
         self.cache = None if cache_dir is None else FeatureCache(cache_dir, limit_gib)
         self.object_pixels = object_pixels or ForegroundConfig()
         self.batch = batch
         self.encodes = {"image": 0, "depth": 0}
 
-    def get(self, sample: Sample) -> SampleFeatures:
+    def get(self, sample: Sample, foregrounds: Callable[[int], np.ndarray] | None = None) -> SampleFeatures:
         """The features of a sample, from the cache where it has them.
+
+        Args:
+            foregrounds: (height, width) bool of a view, by its place; where they are wanted elsewhere, too.
 
         Raises:
             DataError: a view cannot be read, image and depth differ in size, depth shows no object, or features are
@@ -110,13 +119,14 @@ class FeatureStore:
         for index, view in enumerate(sample.views):
             place = f"{sample.category}/{sample.name}, view {view.name}"
             try:
-                inputs, share[index] = self._read(view)
+                inputs, share[index] = self._read(view, None if foregrounds is None else foregrounds(index))
                 for modality, pixels in inputs.items():
                     found, key = self._find(modality, pixels, view)
                     if found is not None:
                         features[modality][index] = torch.from_numpy(found.astype(np.float32))
                         continue
-                    prepared = self.encoders[modality].prepare(pixels, self.sizes[modality], _matrix(view, pixels))
+                    matrix = camera_matrix(view, _shape(pixels))
+                    prepared = self.encoders[modality].prepare(pixels, self.sizes[modality], matrix)
                     waiting[modality].append((index, place, key, prepared))
             except DataError as error:
                 raise DataError(f"{place}: {error}") from error
@@ -128,10 +138,34 @@ class FeatureStore:
                 self._encode(modality, pending, features[modality])
         return SampleFeatures(features["image"], features["depth"], torch.from_numpy(share))
 
+    def bytes_per_view(self) -> int:
+        """What the cache keeps of a view."""
+        return sum(2 * self.cells**2 * encoder.dim + DIGEST for encoder in self.encoders.values())
+
+    def layers(self, sample: Sample, modality: str) -> tuple[Tensor, ...]:
+        """Feature maps (V, r, r, dim) float32 of each layer of an encoder, finest first; never cached.
+
+        Raises:
+            ConfigError: the encoder gives one map only.
+            DataError: as ``get``.
+        """
+        encoder = self.encoders[modality]
+        found: list[list[Tensor]] = []
+        for first in range(0, len(sample.views), self.batch):
+            prepared = []
+            for view in sample.views[first : first + self.batch]:
+                place = f"{sample.category}/{sample.name}, view {view.name}"
+                pixels = named(place, view.read_image if modality == "image" else view.read_depth)
+                matrix = camera_matrix(view, _shape(pixels))
+                prepared.append(named(place, encoder.prepare, pixels, self.sizes[modality], matrix))
+            found.append([part.cpu() for part in encoder.layers(torch.stack(prepared))])
+            self.encodes[modality] += len(prepared)
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
     def _dim(self, modality: str) -> int:
         return self.encoders[modality].dim if modality in self.encoders else 0
 
-    def _read(self, view: View) -> tuple[dict[str, np.ndarray | DepthMap], np.ndarray]:
+    def _read(self, view: View, mask: np.ndarray | None) -> tuple[dict[str, np.ndarray | DepthMap], np.ndarray]:
         """What each encoder looks at, and the share (cells, cells) of the object."""
         depth_map = view.read_depth()
         inputs = {}
@@ -143,7 +177,8 @@ class FeatureStore:
             inputs["image"] = image
         if "depth" in self.encoders:
             inputs["depth"] = depth_map
-        return inputs, cell_share(foreground(depth_map, self.object_pixels), self.cells)
+        mask = foreground(depth_map, self.object_pixels) if mask is None else mask
+        return inputs, cell_share(mask, self.cells)
 
     def _find(self, modality: str, pixels: np.ndarray | DepthMap, view: View) -> tuple[np.ndarray | None, str]:
         """The cached features, if any, and their key."""
@@ -157,7 +192,7 @@ class FeatureStore:
         else:
             digest.update(f"{pixels.shape} {pixels.dtype} ".encode())
             parts = [pixels]
-        matrix = _matrix(view, pixels)
+        matrix = camera_matrix(view, _shape(pixels))
         if encoder.uses_camera and matrix is not None:
             parts.append(matrix)
         for part in parts:
@@ -179,9 +214,10 @@ class FeatureStore:
         pending.clear()
 
 
-def _matrix(view: View, pixels: np.ndarray | DepthMap) -> np.ndarray | None:
-    """(3, 3) intrinsics of a view at the size of its pixels."""
-    if view.camera is None:
-        return None
-    shape = pixels.depth.shape if isinstance(pixels, DepthMap) else pixels.shape[:2]
-    return resize_camera(view.camera, *shape).matrix
+def camera_matrix(view: View, shape: tuple[int, int]) -> np.ndarray | None:
+    """(3, 3) intrinsics of a view at a size (height, width); None where it has no camera."""
+    return None if view.camera is None else resize_camera(view.camera, *shape).matrix
+
+
+def _shape(pixels: np.ndarray | DepthMap) -> tuple[int, int]:
+    return pixels.depth.shape if isinstance(pixels, DepthMap) else pixels.shape[:2]

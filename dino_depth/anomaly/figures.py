@@ -23,9 +23,9 @@ from PIL import Image
 from scipy.spatial import KDTree
 
 from dino_depth.anomaly.dataset import Sample, Voxels
-from dino_depth.anomaly.features import SampleFeatures
 from dino_depth.anomaly.geometry import SquareFit, lift, resize_camera
 from dino_depth.anomaly.results import write_arrays
+from dino_depth.anomaly.views import Views
 from dino_depth.depth import DepthMap
 
 __all__ = ["components", "view_pictures", "write_figures"]
@@ -40,34 +40,34 @@ OBJECT = 0.5  # smallest share of a cell that PCA is fitted on
 
 def write_figures(
     path: str | Path,
-    sample: Sample,
-    features: SampleFeatures,
+    views: Views,
     *,
     truth: Voxels | Sequence[np.ndarray] | None = None,
     detail: bool = False,
-    pair_maps: Callable[[int], dict[str, torch.Tensor]] | None = None,
+    pair_maps: Callable[[int], dict[str, torch.Tensor] | None] | None = None,
 ):
-    """Writes the pictures of a sample, atomically.
+    """Writes the pictures of an instance, atomically.
 
     Args:
         path: npz file; its folder is made.
         truth: anomalous voxels, or one (height, width) bool mask of each view.
         detail: with the principal components of both modalities' features.
-        pair_maps: of a target view, the maps (V, n, n) from every source view by modality, as ``modmap.pair_maps``.
+        pair_maps: of a target view, the maps (V, n, n) from every source view by modality; None where there are none.
 
     Raises:
         DataError: a view cannot be read.
     """
-    share = features.share.numpy()
+    sample, share = views.sample, views.share.numpy()
     arrays = view_pictures(sample, truth, share.shape[1])
     arrays["share"] = np.rint(255 * share).astype(np.uint8)
     for modality in ("image", "depth") if detail else ():
-        part = getattr(features, modality).numpy()
+        part = getattr(views, modality).numpy()
         if part.shape[-1] and np.count_nonzero(share >= OBJECT) > 3:
             arrays[f"{modality}_components"] = components(part, share >= OBJECT)
-    if pair_maps is not None:
-        rows = [pair_maps(target) for target in range(len(sample.views))]
-        for modality in rows[0]:
+    first = None if pair_maps is None else pair_maps(0)
+    if first is not None:
+        rows = [first, *(pair_maps(target) for target in range(1, len(sample.views)))]
+        for modality in first:
             maps = torch.stack([row[modality] for row in rows]).float()
             cells = min(PAIR_CELLS if len(maps) <= MANY_VIEWS else PAIR_CELLS // 2, maps.shape[-1])
             small = torch.nn.functional.adaptive_avg_pool2d(maps, cells)

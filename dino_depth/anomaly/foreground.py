@@ -1,13 +1,15 @@
 """Which pixels show the object, by depth alone, and how much of each cell of an encoder's grid they fill."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from scipy import ndimage
 
+from dino_depth.anomaly.geometry import SquareFit, overlap
 from dino_depth.depth import DepthMap, fit_plane
-from dino_depth.errors import DataError
+from dino_depth.errors import ConfigError, DataError
 
 __all__ = ["ForegroundConfig", "cell_share", "filled", "foreground"]
 
@@ -24,11 +26,17 @@ class ForegroundConfig:
         method: ``largest`` is the largest 4-connected component of the valid pixels after a 3 x 3 opening (SiM3D as
             ModMap's release has it); ``valid`` is every valid pixel; ``plane`` first takes away what lies on the planes
             that the border of the map shows, a table or a wall (MVTec 3D-AD, Eyecandies).
+        size: side of the padded square that the map is looked at in, pixels (ModMap's release: 896); empty: as it is.
         tolerance: thickness of such a plane, metres (``plane`` only; 0.005 is usual for MVTec 3D-AD).
     """
 
     method: Literal["largest", "valid", "plane"] = "largest"
+    size: int | None = None
     tolerance: float = 0.005
+
+    def __post_init__(self):
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"foreground.size: must be at least 1 pixel, got {self.size}")
 
 
 def foreground(depth_map: DepthMap, config: ForegroundConfig) -> np.ndarray:
@@ -42,13 +50,52 @@ def foreground(depth_map: DepthMap, config: ForegroundConfig) -> np.ndarray:
         return valid
     if config.method == "plane":
         valid = _without_planes(depth_map, config.tolerance)
-    opened = ndimage.binary_opening(valid, np.ones((3, 3), bool))
-    labels, count = ndimage.label(opened)
+    if config.size is not None:
+        fit = SquareFit(*valid.shape, config.size)
+        seen = _largest(_nearest(valid, fit.from_square, (config.size,) * 2), config)
+        return valid & _nearest(seen, fit.to_square, valid.shape)
+    return _largest(valid, config)
+
+
+def _nearest(mask: np.ndarray, place: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """The mask at the pixel nearest to the place of each pixel of another image; False beyond its border."""
+    rows, columns = (
+        np.rint(place(np.stack([part, part], 1))[:, axis]).astype(int)
+        for axis, part in ((1, np.arange(shape[0])), (0, np.arange(shape[1])))
+    )
+    inside = [(part >= 0) & (part < side) for part, side in zip((rows, columns), mask.shape, strict=True)]
+    found = mask[np.ix_(*(part.clip(0, side - 1) for part, side in zip((rows, columns), mask.shape, strict=True)))]
+    return found & inside[0][:, None] & inside[1]
+
+
+def _largest(valid: np.ndarray, config: ForegroundConfig) -> np.ndarray:
+    """The largest 4-connected component after a 3 x 3 opening; raises as ``foreground``."""
+    columns, rows = (np.flatnonzero(valid.any(axis)) for axis in (0, 1))
+    count = 0
+    if len(rows):
+        box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # all else is background
+        labels, count = ndimage.label(_opened(valid[box]))
     if not count:
         raise DataError(f"no object in the depth map: foreground.method {config.method} leaves nothing of it")
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    return labels == sizes.argmax()
+    shown = np.zeros_like(valid)
+    shown[box] = labels == sizes.argmax()
+    return shown
+
+
+def _opened(mask: np.ndarray) -> np.ndarray:
+    """The union of all 3 x 3 squares within a mask, as ``ndimage.binary_opening`` finds it: four shifts each way."""
+    core = mask[:, 2:] & mask[:, 1:-1] & mask[:, :-2]  # centres, without the outermost rows and columns
+    core = core[2:] & core[1:-1] & core[:-2]
+    opened = np.zeros_like(mask)
+    if core.size:
+        wide = np.zeros((core.shape[0], mask.shape[1]), bool)
+        for place in range(3):
+            wide[:, place : place + core.shape[1]] |= core
+        for place in range(3):
+            opened[place : place + core.shape[0]] |= wide
+    return opened
 
 
 def _without_planes(depth_map: DepthMap, tolerance: float) -> np.ndarray:
@@ -91,13 +138,5 @@ def cell_share(mask: np.ndarray, cells: int) -> np.ndarray:
         mask: (height, width) bool, in the geometry of :class:`dino_depth.anomaly.geometry.SquareFit`.
     """
     height, width = mask.shape
-    down, across = (_overlap(pixels, max(height, width), cells) for pixels in (height, width))
+    down, across = (overlap(pixels, max(height, width), cells) for pixels in (height, width))
     return np.clip(down @ mask.astype(np.float32) @ across.T, 0, 1)
-
-
-def _overlap(pixels: int, side: int, cells: int) -> np.ndarray:
-    """The share of each cell that each pixel covers along one axis, (cells, pixels) float32."""
-    edges = np.arange(cells + 1) * side / cells - (side - pixels) / 2
-    start = np.arange(pixels)
-    length = np.minimum(edges[1:, None], start + 1) - np.maximum(edges[:-1, None], start)
-    return (np.clip(length, 0, None) * cells / side).astype(np.float32)

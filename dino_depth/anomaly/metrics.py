@@ -14,9 +14,9 @@ its part of the straight line across the tie. So no threshold is sampled, ties c
 one sort of the normals whatever the number of components, and the curve is cut at L by linear interpolation. AUROC is
 the case of one component and L = 1. Counts are integers, shares float64.
 
-Traps: ground truth must be boolean, or integers that label components; a component that is only partly observed has its
-unseen elements at score 0, which caps its overlap (`coverage`); V-AUPRO with empty voxels as normals depends on the
-extent of the grid, so only values on equal grids compare.
+Traps: ground truth is a boolean mask, or integers that label components, and what may be either is refused; a component
+that is only partly observed has its unseen elements at score 0, which caps its overlap (`coverage`); V-AUPRO with empty
+voxels as normals depends on the extent of the grid, so only values on equal grids compare.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dino_depth.anomaly.regions import Regions, coverage, label_components, matches, regions, voxel_regions
+from dino_depth.anomaly.regions import Meaning, Regions, coverage, label_components, matches, regions, voxel_regions
 from dino_depth.errors import ConfigError, DataError
 
 __all__ = [
@@ -95,7 +95,7 @@ def auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = N
         raise DataError(f"labels must be boolean or 0 and 1, got {labels[odd].flat[0]}")
     if not labels.any() or labels.all():
         raise DataError(f"AUROC needs both classes, got {labels.size} labels of which {np.count_nonzero(labels)} are 1")
-    sample = regions(scores, labels.astype(np.uint8), weights=weights)
+    sample = regions(scores, labels.astype(np.uint8), weights=weights, truth="labels")
     return _pooled([sample], 1.0, _per_element)
 
 
@@ -108,6 +108,7 @@ def aupro(
     normal: np.ndarray | Sequence[np.ndarray] | None = None,
     weights: np.ndarray | Sequence[np.ndarray] | None = None,
     thresholds: int | None = None,
+    truth: Meaning = "auto",
 ) -> float:
     """Area under the PRO curve up to a false positive rate of ``limit``, divided by ``limit``: 1 is perfect.
 
@@ -118,10 +119,10 @@ def aupro(
     Args:
         scores: N-dimensional, larger = more anomalous.
         ground_truth: of the same shape: a boolean mask, whose connected components are found, or integer labels,
-            0 = no defect, 1 to C = components.
+            0 = no defect, 1 to C = components, each of them in one part.
         limit: largest false positive rate, 0 < limit <= 1.
-        connectivity: neighbours of an element of a mask: 4 or 8 in two dimensions, 6, 18 or 26 in three; all by
-            default.
+        connectivity: neighbours of an element of a mask: 4 or 8 in two dimensions, all by default; in three it says
+            what they are: 6, 18 or 26 one volume, 4 or 8 a stack of images, (images, height, width), which are pooled.
         normal: of the same shape, boolean: which elements without a defect count as normals; all by default.
         weights: of the same shape, >= 0: an element of weight 2 counts as two equal ones, in the false positive rate
             and in the overlap of its component. Components count equally whatever their size.
@@ -129,9 +130,12 @@ def aupro(
             of the normals, the false positive rate taken from the rank (wrong at ties). This is what the evaluation
             code of MVTec 3D-AD computes, for comparison with figures made by it: 99, at a limit of 1 %, are one
             trapezoid.
+        truth: what integers are: "mask", not 0 where there is a defect, or "labels", also of components in several
+            parts or in three dimensions. "auto" takes them for labels, and refuses what may be either.
 
     Raises:
-        DataError: no component, no normal, a NaN, or shapes, labels or weights that do not fit.
+        DataError: no component, no normal, a NaN, shapes, labels or weights that do not fit, or an array that may mean
+            two things.
         ConfigError: limit, connectivity or thresholds is impossible.
     """
     if isinstance(scores, Sequence):
@@ -144,8 +148,20 @@ def aupro(
         rows = list(zip(*columns, strict=True))
     else:
         rows = [(scores, ground_truth, normal, weights)]
-    samples = [regions(*row[:2], connectivity=connectivity, normal=row[2], weights=row[3]) for row in rows]
+        if np.ndim(ground_truth) > 2 and connectivity in (4, 8):
+            rows = _images(rows[0])
+    samples = [regions(*row[:2], connectivity=connectivity, normal=row[2], weights=row[3], truth=truth) for row in rows]
     return pooled_aupro(samples, limit=limit, thresholds=thresholds)
+
+
+def _images(arrays: tuple[np.ndarray | None, ...]) -> list[tuple[np.ndarray | None, ...]]:
+    """The images (height, width) of stacks (..., height, width) of one shape; what is None is None for all of them."""
+    shapes = {np.shape(array) for array in arrays if array is not None}
+    if len(shapes) > 1:
+        raise DataError(f"stacks of images differ in shape: {', '.join(map(str, sorted(shapes)))}")
+    shape = next(iter(shapes))
+    stacks = [None if array is None else np.reshape(array, (-1, *shape[-2:])) for array in arrays]
+    return [tuple(None if stack is None else stack[place] for stack in stacks) for place in range(len(stacks[0]))]
 
 
 def pooled_aupro(samples: Sequence[Regions], *, limit: float = 0.01, thresholds: int | None = None) -> float:

@@ -3,15 +3,18 @@
 A sample is separated once, its components labelled once; limits, pools and bootstrap resamples then reuse it. Dense
 arrays go through `regions`, sparse volumes, whose empty voxels are only counted, through `voxel_regions`.
 
-Traps: a mask must be boolean, since integers are component labels (a 0/255 mask is refused, one of 0 and 1 is a single
-component); a flat list of elements has no neighbours and takes labels only; an empty element has score 0, which is the
-lowest one only where no score is negative.
+Traps: what ground truth means is never guessed. A boolean array is a mask, whose connected parts are the components;
+integers are labels of components, and are refused where they look like a mask (a label in several parts, 0 and 255).
+Three dimensions may be one volume or many images, which only ``connectivity`` or ``truth`` can say. A flat list of
+elements has no neighbours and takes labels only. An empty element has score 0, which is the lowest one only where no
+score is negative.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal, get_args
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -19,8 +22,9 @@ from scipy.sparse.csgraph import connected_components
 
 from dino_depth.errors import ConfigError, DataError
 
-__all__ = ["Regions", "coverage", "label_components", "matches", "regions", "voxel_regions"]
+__all__ = ["Meaning", "Regions", "coverage", "is_mask", "label_components", "matches", "regions", "voxel_regions"]
 
+Meaning = Literal["auto", "mask", "labels"]
 BLOCK = 2**16  # coordinates flattened at a time, so that they stay in the cache
 
 
@@ -58,6 +62,7 @@ def regions(
     weights: np.ndarray | None = None,
     empty_normal: float = 0,
     empty_defect: np.ndarray | None = None,
+    truth: Meaning = "auto",
 ) -> Regions:
     """Separates a sample's scores into normals and components. Arguments as of `metrics.aupro`; for sparse volumes:
 
@@ -71,30 +76,28 @@ def regions(
     Raises:
         DataError, ConfigError: as `metrics.aupro`; a sample without normals or without components is none.
     """
-    scores, truth = _scores(scores), np.asarray(ground_truth)
+    scores, given = _scores(scores), np.asarray(ground_truth)
     weight = None if weights is None else np.asarray(weights, np.float64)
     allowed = None if normal is None else np.asarray(normal)
-    for name, array in (("ground_truth", truth), ("normal", allowed), ("weights", weight)):
+    for name, array in (("ground_truth", given), ("normal", allowed), ("weights", weight)):
         if array is not None and array.shape != scores.shape:
             raise DataError(f"{name} has shape {array.shape}, the scores have {scores.shape}")
     if allowed is not None and allowed.dtype != bool:
         raise DataError(f"normal must be boolean, got {allowed.dtype}")
     if weight is not None and not (np.isfinite(weight) & (weight >= 0)).all():
         raise DataError("weights must be finite and not negative")
-    if truth.dtype == bool:
-        if truth.ndim < 2:
+    is_normal = given == 0
+    place = np.flatnonzero(~is_normal)
+    if is_mask(given, connectivity, truth):
+        if given.ndim < 2:
             raise DataError("a flat array has no neighbours: give integer labels of components, not a mask")
-        place = np.flatnonzero(truth)
-        label = label_components(np.stack(np.unravel_index(place, truth.shape), 1), connectivity)
-        is_normal = ~truth
-    elif np.issubdtype(truth.dtype, np.integer):
-        if connectivity is not None:
-            raise ConfigError(f"connectivity {connectivity} needs a boolean mask, got labels ({truth.dtype})")
-        is_normal = truth == 0
-        place = np.flatnonzero(~is_normal)
-        label = truth.reshape(-1)[place]
+        label = label_components(np.stack(np.unravel_index(place, given.shape), 1), connectivity)
     else:
-        raise DataError(f"ground_truth must be a boolean mask or integer labels, got {truth.dtype}")
+        if connectivity is not None:
+            raise ConfigError(f"connectivity {connectivity} needs a boolean mask, got labels ({given.dtype})")
+        label = given.reshape(-1)[place]
+        if truth == "auto" and given.ndim > 1:
+            _refuse_parts(given.shape, place, label)
     if allowed is not None:
         is_normal = is_normal & allowed
     counted = np.zeros(0) if empty_defect is None else np.asarray(empty_defect, np.float64)
@@ -106,6 +109,42 @@ def regions(
     return _separated(
         (scores[is_normal], normal_weight, empty_normal), (scores.reshape(-1)[place], label, mass), counted
     )
+
+
+def is_mask(ground_truth: np.ndarray, connectivity: int | None, truth: Meaning) -> bool:
+    """Whether ground truth is a mask, whose components are to be found; else it labels them.
+
+    Raises:
+        DataError: it may be either, or of three dimensions and more, which nothing says to be a volume or images.
+        ConfigError: no such ``truth``.
+    """
+    kind, shape = ground_truth.dtype.kind, ground_truth.shape
+    if truth not in get_args(Meaning):
+        raise ConfigError(f"truth must be one of {', '.join(get_args(Meaning))}, got {truth!r}")
+    if kind not in "biu":
+        raise DataError(f"ground_truth must be a boolean mask or integer labels, got {ground_truth.dtype}")
+    mask = truth == "mask" or (truth == "auto" and kind == "b")
+    if len(shape) > 2 and mask and connectivity is None:
+        raise DataError(
+            f"ground_truth {shape} may be one volume or many images: connectivity 26 (18, 6) says a volume, "
+            "8 (4) images"
+        )
+    if len(shape) > 2 and truth == "auto" and kind != "b":
+        raise DataError(f"integers of shape {shape}: say truth='labels' of components, or 'mask' and connectivity")
+    return mask
+
+
+def _refuse_parts(shape: tuple[int, ...], place: np.ndarray, label: np.ndarray):
+    """Refuses labels of which one is in several parts, as integers of a mask are."""
+    # Even steps along a further axis keep different labels apart, though they touch.
+    index = np.stack((2 * label.astype(np.int64), *np.unravel_index(place, shape)), 1)
+    part = label_components(index)
+    labels, parts = np.unique(np.unique(np.stack((label, part)), axis=1)[0], return_counts=True)
+    if len(parts) and parts.max() > 1:
+        raise DataError(
+            f"label {labels[parts.argmax()]} is in {parts.max()} parts: a mask must be boolean, or say truth='mask'; "
+            "truth='labels' makes one component of them"
+        )
 
 
 def _separated(normal: tuple, defect: tuple[np.ndarray, np.ndarray, np.ndarray], counted: np.ndarray) -> Regions:

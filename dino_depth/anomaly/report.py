@@ -12,6 +12,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -19,14 +20,15 @@ import yaml
 
 from dino_depth.anomaly.packing import CONTEXT, LEVELS, PANE, PITCH, TRUTH, YAW, pack
 from dino_depth.anomaly.report_tables import tables
-from dino_depth.anomaly.results import write_whole
+from dino_depth.anomaly.results import alone, undefined, write_whole
 from dino_depth.anomaly.strips import crop, grid, read_arrays, strips
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.picture import VIRIDIS, data_uri
 
-__all__ = ["ReportConfig", "report"]
+__all__ = ["ReportConfig", "page_environment", "report", "viewer_parts"]
 
 RESULTS = "results.json"
+SHARED = "dino_depth.anomaly"  # holds the style and the viewer
 KEYS = (
     "benchmark",
     "setup",
@@ -36,7 +38,7 @@ KEYS = (
     "seeds",
     "categories",
     "metrics",
-    "cells",
+    "trials",
     "mean",
     "published",
     "complete",
@@ -75,37 +77,55 @@ def report(config: ReportConfig):
     if out.is_dir():
         raise ConfigError(f"out {out} is a folder: name a file")
     results, others = read_results(run), {path: read_results(Path(path)) for path in config.compare}
-    settings = {"ramp": VIRIDIS.tolist(), "plain": CONTEXT, "truth": TRUTH, "pane": PANE, "yaw": YAW, "pitch": PITCH}
-    loader = jinja2.PackageLoader("dino_depth.anomaly", "")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["seconds"] = lambda value: f"{value:.3g} s" if value < 120 else f"{value / 60:.1f} min"
-    script = loader.get_source(environment, "viewer.js")[0]
+    environment = page_environment("dino_depth.anomaly")
     try:
         classes = [_class(run, results, category) for category in results["categories"][:CLASSES_SHOWN]]
-        page = environment.get_template("report.html.jinja").render(
+        page = environment.get_template(
+            "report.html.jinja"
+        ).render(
             run=run.resolve().name,
             results=results,
             encoders=_encoders(results),
             level=results["config"]["metrics"]["level"],
+            verdict=results.get("verdict", ""),  # results of before have none
+            alone=sorted(alone(results["trials"])),
+            undefined=undefined(results["trials"]),
             tables=tables(results, {Path(path).name: other for path, other in others.items()}),
             classes=classes,
             volumes=any(instance["volume"] for part in classes for instance in part["instances"]),
             hidden=results["categories"][CLASSES_SHOWN:],
             components=_components(run, results, others),
             config_text=yaml.safe_dump(results["config"], sort_keys=False),
-            settings=json.dumps(settings),
-            viridis=[f"rgb{tuple(row)}" for row in VIRIDIS.astype(int).tolist()],
-            truth=f"rgb{TRUTH}",
-            context=f"rgb{CONTEXT}",
-            pane=f"rgb{PANE}",
-            script=script,
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            **viewer_parts(environment, "the ground truth"),
         )
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"{run / RESULTS}: not as evaluate writes it: {type(error).__name__} {error}") from error
     write_whole(out, page.encode())
     shown = sum(len(part["instances"]) for part in classes)
     print(f"{out}: {len(results['categories'])} classes, {shown} instances shown, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def page_environment(package: str) -> jinja2.Environment:
+    """Where pages with volumes come from: templates of a package, and the parts that all such pages share."""
+    loader = jinja2.ChoiceLoader([jinja2.PackageLoader(name, "") for name in dict.fromkeys([package, SHARED])])
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["seconds"] = lambda value: f"{value:.3g} s" if value < 120 else f"{value / 60:.1f} min"
+    return environment
+
+
+def viewer_parts(environment: jinja2.Environment, marked: str) -> dict[str, Any]:
+    """What the viewer needs of a page; ``marked`` is what the pane on the right shows."""
+    settings = {"ramp": VIRIDIS.tolist(), "plain": CONTEXT, "truth": TRUTH, "pane": PANE, "yaw": YAW, "pitch": PITCH}
+    script = environment.loader.get_source(environment, "viewer.js")[0]
+    return {
+        "settings": json.dumps(settings | {"marked": marked}),
+        "viridis": [f"rgb{tuple(row)}" for row in VIRIDIS.astype(int).tolist()],
+        "truth": f"rgb{TRUTH}",
+        "context": f"rgb{CONTEXT}",
+        "pane": f"rgb{PANE}",
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
 
 
 def read_results(run: Path) -> dict:
@@ -121,9 +141,11 @@ def read_results(run: Path) -> dict:
         raise DataError(f"{path}: no such file; `dino-depth evaluate` writes it") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: unreadable: {error}") from None
+    if isinstance(results, dict) and "cells" in results:  # as trials were called
+        results["trials"] = results.pop("cells")
     if missing := [key for key in KEYS if not isinstance(results, dict) or key not in results]:
         raise DataError(f"{path}: key {missing[0]} is missing")
-    if not results["cells"]:
+    if not results["trials"]:
         raise DataError(f"{path}: no class has been evaluated yet")
     return results
 
@@ -133,9 +155,9 @@ def _encoders(results: dict) -> dict[str, str]:
     return {key: chosen[key] for key in ("image", "depth") if isinstance(chosen.get(key), str) and chosen[key]}
 
 
-def _cell(results: dict, category: str) -> dict | None:
+def _trial(results: dict, category: str) -> dict | None:
     """The first seed's results of a class."""
-    return next((cell for cell in results["cells"] if cell["category"] == category), None)
+    return next((trial for trial in results["trials"] if trial["category"] == category), None)
 
 
 def _chosen(instances: list[dict]) -> list[tuple[str, dict]]:
@@ -151,15 +173,15 @@ def _chosen(instances: list[dict]) -> list[tuple[str, dict]]:
 
 def _class(run: Path, results: dict, category: str) -> dict:
     """Everything the page shows of a class, from its first seed."""
-    cell = _cell(results, category)
-    if cell is None:
+    trial = _trial(results, category)
+    if trial is None:
         return {"name": category, "instances": [], "pairs": []}
-    chosen = _chosen(cell["instances"])
+    chosen = _chosen(trial["instances"])
     figures = [_figures(run, category, instance["name"]) for _, instance in chosen]
     loaded = [read_arrays(run / instance["file"]) for _, instance in chosen]
     loaded = [crop(part, pictures["share"]) if pictures else part
               for part, pictures in zip(loaded, figures, strict=True)]  # fmt: skip
-    good = [instance for instance in cell["instances"] if instance["label"] == "good"]
+    good = [instance for instance in trial["instances"] if instance["label"] == "good"]
     limit = min(VOXELS_EACH, VOXELS_SHOWN // (4 * min(len(results["categories"]), CLASSES_SHOWN)))
     scale = _scale([arrays["score"] for arrays in loaded if "score" in arrays])
     level = _first_threshold(run, good, scale) if scale else 0
@@ -178,7 +200,7 @@ def _class(run: Path, results: dict, category: str) -> dict:
             part["strips"] = strips(crop(pictures, pictures["share"]), arrays, above)
             part["views"] = pictures["views"].tolist()
         shown.append(part)
-    return {"name": category, "instances": shown, "pairs": _pairs(run, category, cell)}
+    return {"name": category, "instances": shown, "pairs": _pairs(run, category, trial)}
 
 
 def _figures(run: Path, category: str, name: str) -> dict[str, np.ndarray]:
@@ -220,9 +242,9 @@ def _map_scale(loaded: list[dict], figures: list[dict], key: str) -> tuple[float
     return tuple(np.quantile(np.concatenate(scores), OVERLAY).tolist()) if scores else (0.0, 1.0)
 
 
-def _pairs(run: Path, category: str, cell: dict) -> list[dict]:
+def _pairs(run: Path, category: str, trial: dict) -> list[dict]:
     """The maps of all pairs of views of the instance that has them, one grid for each modality."""
-    for instance in cell["instances"]:
+    for instance in trial["instances"]:
         figures = _figures(run, category, instance["name"])
         if "image_pairs" in figures and len(figures["image_pairs"]) > 1:
             titles = {"depth": "image to depth", "image": "depth to image"}
@@ -237,8 +259,8 @@ def _components(run: Path, results: dict, others: dict[str, dict]) -> list[dict]
     """One view of a class's detailed instance: its image and depth, and the PCA colours of every encoder."""
     rows = []
     for category in results["categories"][:CLASSES_SHOWN]:
-        cell = _cell(results, category) or {"instances": []}
-        for instance in cell["instances"]:
+        trial = _trial(results, category) or {"instances": []}
+        for instance in trial["instances"]:
             figures = _figures(run, category, instance["name"])
             if not any(f"{modality}_components" in figures for modality in ("image", "depth")):
                 continue

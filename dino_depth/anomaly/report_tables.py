@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from dino_depth.anomaly.results import GOOD, undefined
+
 __all__ = ["tables"]
 
 CHECKS = {  # what benchmarks measure of their own settings, in words
@@ -9,7 +11,11 @@ CHECKS = {  # what benchmarks measure of their own settings, in words
     "overlap_test": "test views apart",
     "truth_off_surface": "ground truth off the surface",
 }
-CONTROLS = {"perfect scorer": "ceiling", "leak statistic": "this run, away from defects"}  # the others are trivial
+CONTROLS = {  # the others are trivial
+    "perfect scorer": "ceiling",
+    "leak statistic": "this run, away from defects",
+    "template": "the same cell of the training instance",
+}
 
 
 def tables(results: dict, others: dict[str, dict]) -> dict:
@@ -20,9 +26,10 @@ def tables(results: dict, others: dict[str, dict]) -> dict:
         others: results of runs to compare with, by name.
 
     Returns:
-        ``metrics``, of each its rows and published rows: a title, where it is from, and for the classes and the mean
-        (value, interval) as text, either may be empty; ``seeds``, every cell; ``checks`` of each class; ``cost``;
-        ``unplaced``, the number of published figures that have no place here.
+        ``metrics``, of each its rows and, by scale, published rows: a title, where it is from, and for the classes and
+        the mean (value, interval) as text, either may be empty; ``seeds``, every trial; ``good``, the scores of good
+        instances, where a class has no others; ``checks`` of each class; ``cost``; ``unplaced``, the number of
+        published figures that have no place here.
     """
     categories, metrics = results["categories"], results["metrics"]
     placed = 0
@@ -32,22 +39,23 @@ def tables(results: dict, others: dict[str, dict]) -> dict:
         for name, other in others.items():
             cells = _own(other, metric, categories)
             rows.append({"title": other["head"], "kind": "other", "source": name, "cells": cells})
-        rows += _baselines(results, metric)
+        rows += _baselines(results, metric) + _less_template(results, metric)
         published = _published(results, metric)
-        placed += sum(row.pop("rows") for row in published)
+        placed += sum(row.pop("rows") for group in published for row in group["rows"])
         found.append(
             {"name": metric, "rows": rows, "published": published, "open": metric == "I-AUROC" or "AUPRO" in metric}
         )
-    cells = sorted(results["cells"], key=lambda cell: (categories.index(cell["category"]), cell["seed"]))
+    trials = sorted(results["trials"], key=lambda trial: (categories.index(trial["category"]), trial["seed"]))
     seeds = [
-        (cell["category"], cell["seed"], [_with(cell["metrics"].get(m), cell["intervals"].get(m)) for m in metrics])
-        for cell in cells
+        (trial["category"], trial["seed"], [_with(trial["metrics"].get(m), trial["intervals"].get(m)) for m in metrics])
+        for trial in trials
     ]
     return {
         "metrics": found,
         "seeds": seeds,
-        "checks": _checks(cells),
-        "cost": _cost(cells),
+        "good": _good(trials) if undefined(trials) else [],
+        "checks": _checks(trials),
+        "cost": _cost(trials),
         "unplaced": len(results["published"]) - placed,
     }
 
@@ -69,20 +77,22 @@ def _own(results: dict, metric: str, categories: list[str] | None = None) -> lis
     """A run's values: of each class the mean over seeds, of the interval's ends as well; then its own mean."""
     row = []
     for category in categories or results["categories"]:
-        cells = [cell for cell in results["cells"] if cell["category"] == category]
-        ends = [cell["intervals"][metric] for cell in cells if metric in cell["intervals"]]
+        trials = [trial for trial in results["trials"] if trial["category"] == category]
+        ends = [trial["intervals"][metric] for trial in trials if metric in trial["intervals"]]
         interval = [_mean(side) for side in zip(*ends, strict=True)]
-        row.append(_with(_mean(cell["metrics"].get(metric) for cell in cells), interval))
+        row.append(_with(_mean(trial["metrics"].get(metric) for trial in trials), interval))
     mean = results["mean"].get(metric, {})
     return [*row, _with(mean.get("value"), [mean["low"], mean["high"]] if "low" in mean else None)]
 
 
 def _baselines(results: dict, metric: str) -> list[dict]:
     rows = []
-    for name in dict.fromkeys(name for cell in results["cells"] for name in cell["baselines"]):
+    for name in dict.fromkeys(name for trial in results["trials"] for name in trial["baselines"]):
         by_class = [
             _mean(
-                cell["baselines"].get(name, {}).get(metric) for cell in results["cells"] if cell["category"] == category
+                trial["baselines"].get(name, {}).get(metric)
+                for trial in results["trials"]
+                if trial["category"] == category
             )
             for category in results["categories"]
         ]
@@ -92,10 +102,38 @@ def _baselines(results: dict, metric: str) -> list[dict]:
     return rows
 
 
+def _less_template(results: dict, metric: str) -> list[dict]:
+    """What this run is above the template, paired; nothing in runs without."""
+    mean = results.get("less_template", {}).get(metric)
+    if mean is None:
+        return []
+    cells = []
+    for category in results["categories"]:
+        found = [
+            trial.get("less_template", {}).get(metric) for trial in results["trials"] if trial["category"] == category
+        ]
+        found = [one for one in found if one]
+        cells.append(_signed({key: _mean(one[key] for one in found) for key in ("value", "low", "high")}))
+    cells.append(_signed(mean))
+    return [{"title": "this run less template", "kind": "trivial", "source": "paired", "cells": cells}]
+
+
+def _signed(one: dict[str, float | None]) -> tuple[str, str]:
+    if one["value"] is None:
+        return "", ""
+    return f"{one['value']:+.3f}", f"{one['low']:+.3f} to {one['high']:+.3f}"
+
+
+def _good(trials: list[dict]) -> list[tuple]:
+    return [
+        (trial["category"], trial["seed"], [f"{trial['good_scores'][key]:.4g}" for key in GOOD]) for trial in trials
+    ]
+
+
 def _published(results: dict, metric: str) -> list[dict]:
-    """Published rows; of classes that this run does not have only the mean is shown."""
+    """Published rows by scale, which do not compare; of classes that this run does not have only the mean is shown."""
     columns = {name: place for place, name in enumerate([*results["categories"], "mean"])}
-    groups: dict[tuple, dict] = {}
+    scales: dict[str, dict[tuple, dict]] = {}
     for row in results["published"]:
         place = columns.get(row["category"])
         if row["metric"] != metric or place is None:
@@ -103,28 +141,29 @@ def _published(results: dict, metric: str) -> list[dict]:
         key = (row["paper"], str(row["table"]), row["method"])
         empty = {"title": row["method"], "kind": "published", "cells": [("", "")] * len(columns), "rows": 0}
         table = "" if row["table"] is None else f", table {row['table']}"
+        groups = scales.setdefault(row.get("scale", ""), {})
         group = groups.setdefault(key, empty | {"source": row["paper"] + table})
         group["cells"] = [*group["cells"][:place], (_text(row["value"]), ""), *group["cells"][place + 1 :]]
         group["rows"] += 1
-    return list(groups.values())
+    return [{"scale": scale, "rows": list(groups.values())} for scale, groups in scales.items()]
 
 
-def _checks(cells: list[dict]) -> dict:
+def _checks(trials: list[dict]) -> dict:
     """Of each class, whatever the seed; no row where a benchmark checks nothing."""
-    found = {cell["category"]: cell["checks"] for cell in cells}
+    found = {trial["category"]: trial["checks"] for trial in trials}
     names = list(dict.fromkeys(name for checks in found.values() for name in checks))
     rows = [(category, [_text(checks.get(name)) for name in names]) for category, checks in found.items() if checks]
     return {"titles": [CHECKS.get(name, name) for name in names], "rows": rows}
 
 
-def _cost(cells: list[dict]) -> dict:
-    stages = list(dict.fromkeys(stage for cell in cells for stage in cell["cost"]["seconds"]))
+def _cost(trials: list[dict]) -> dict:
+    stages = list(dict.fromkeys(stage for trial in trials for stage in trial["cost"]["seconds"]))
     rows = []
-    for cell in cells:
-        cost = cell["cost"]
+    for trial in trials:
+        cost = trial["cost"]
         memory = f"{cost['peak_memory_gib']:.2f} GiB"
         if "peak_gpu_memory_gib" in cost:
             memory += f", GPU {cost['peak_gpu_memory_gib']:.2f} GiB"
         seconds = [cost["seconds"].get(stage) for stage in stages]
-        rows.append((cell["category"], cell["seed"], cost["encodes"], cost["fits"], seconds, memory))
+        rows.append((trial["category"], trial["seed"], cost["encodes"], cost["fits"], seconds, memory))
     return {"stages": stages, "rows": rows}

@@ -164,7 +164,7 @@
     const share = (part, whole) => `${((100 * part) / whole).toFixed(part / whole < 0.0995 ? 1 : 0)} %`;
     const score = scale[0] + ((scale[1] - scale[0]) * state.threshold) / 255;
     let text = `score ≥ ${score.toPrecision(3)}: ${state.drawn.toLocaleString("en")} of ${observed.toLocaleString("en")} voxels`;
-    if (truth) text += `, ${share(hits, truth)} of the ground truth and ${share(state.drawn - hits, observed)} of the rest`;
+    if (truth) text += `, ${share(hits, truth)} of ${settings.marked} and ${share(state.drawn - hits, observed)} of the rest`;
     said.textContent = `${text} (voxels of ${(1000 * edge).toPrecision(2)} mm here)`;
   }
 

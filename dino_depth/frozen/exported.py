@@ -53,4 +53,5 @@ def load(spec: Spec, modality: Modality, device: torch.device) -> FrozenEncoder:
         device=device,
         to_input=to_input,
         to_features=lambda batch: encoder(batch)[1],
+        to_tokens=encoder,
     )

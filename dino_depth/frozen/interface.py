@@ -32,6 +32,9 @@ class FrozenEncoder:
         to_input: see :meth:`prepare`.
         to_features: (batch, channels, ...) on ``device`` to (batch, rows, columns, dim) float32.
         uses_camera: whether ``prepare`` reads its argument ``matrix``.
+        to_tokens: as ``to_features``, class features (batch, dim) before them; None for encoders without a class token.
+        to_layers: (batch, channels, ...) on ``device`` to maps (batch, rows, columns, dim) float32 of several
+            resolutions, finest first; None for encoders of one map.
     """
 
     name: str
@@ -43,6 +46,8 @@ class FrozenEncoder:
     to_input: Callable[[np.ndarray | DepthMap, int, np.ndarray | None], Tensor]
     to_features: Callable[[Tensor], Tensor]
     uses_camera: bool = False
+    to_tokens: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    to_layers: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
     def grid(self, size: int) -> int:
         """Patches along a side of a square of ``size`` pixels.
@@ -88,6 +93,29 @@ class FrozenEncoder:
     def encode(self, batch: Tensor) -> Tensor:
         """Patch features (batch, rows, columns, dim) float32, after the final norm, of stacked :meth:`prepare`."""
         return self.to_features(batch.to(self.device)).float()
+
+    @torch.inference_mode()
+    def class_and_patches(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Class features (batch, dim) and those of :meth:`encode`, float32, of stacked :meth:`prepare`.
+
+        Where the encoder has no class token, its mean patch stands for it.
+        """
+        if self.to_tokens is None:
+            patches = self.encode(batch)
+            return patches.mean((1, 2)), patches
+        classes, patches = self.to_tokens(batch.to(self.device))
+        return classes.float(), patches.float()
+
+    @torch.inference_mode()
+    def layers(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps (batch, rows, columns, dim) float32 of every layer, finest first, of stacked :meth:`prepare`.
+
+        Raises:
+            ConfigError: the encoder has one map only.
+        """
+        if self.to_layers is None:
+            raise ConfigError(f"encoder {self.name} has no layers: use a convolutional network, see docs/encoders.md")
+        return tuple(part.float() for part in self.to_layers(batch.to(self.device)))
 
 
 def common_grid(image: FrozenEncoder, depth: FrozenEncoder, image_size: int, depth_size: int) -> int:

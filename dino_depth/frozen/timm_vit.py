@@ -1,4 +1,5 @@
-"""Vision Transformers of timm, by timm's names: pretrained, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
+"""Vision Transformers of timm by its names: pretrained, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``. See ``timm_cnn``
+for other networks.
 
 timm knows the mean and standard deviation of each model's input. Trap: models that average their patches, such as
 MAE's, have their final norm behind that average; here it is applied to every patch.
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from dino_depth.depth import DepthMap
 from dino_depth.errors import ConfigError, ReportedError
+from dino_depth.frozen import timm_cnn
 from dino_depth.frozen.inputs import DEPTH_AS, square_depth, square_image
 from dino_depth.frozen.interface import FrozenEncoder, Modality, fingerprint
 from dino_depth.frozen.specs import Spec, read_options
 
-__all__ = ["load"]
+__all__ = ["create", "load"]
 
 
 def load(spec: Spec, modality: Modality, device: torch.device) -> FrozenEncoder:
@@ -26,9 +28,11 @@ def load(spec: Spec, modality: Modality, device: torch.device) -> FrozenEncoder:
     """
     import timm
 
+    if spec.options.keys() & {"layers", "blocks"}:
+        return timm_cnn.load(spec, modality, device)
     known = {"depth_as": DEPTH_AS} if modality == "depth" else {}
     options = read_options(spec, known | ({"seed": (0,)} if spec.random else {}))
-    model = _create(spec, options.get("seed", 0))
+    model = create(spec, options.get("seed", 0))
     if model.pretrained_cfg.get("tag") == "dino_depth":
         raise ConfigError(
             f"encoder {spec.text} is an export of dino-depth, with its own normalisation: name the exported folder"
@@ -48,12 +52,12 @@ def load(spec: Spec, modality: Modality, device: torch.device) -> FrozenEncoder:
             return square_image(view, channels, mean, std, size)
         return square_depth(view, options["depth_as"], channels, mean, std, size)
 
-    def to_features(batch: Tensor) -> Tensor:
-        tokens = model.forward_features(batch)[:, model.num_prefix_tokens :]
+    def to_tokens(batch: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = model.forward_features(batch)
         if isinstance(model.norm, nn.Identity):
             tokens = model.fc_norm(tokens)
         rows, columns = (side // patch_size for side in batch.shape[-2:])
-        return tokens.unflatten(1, (rows, columns))
+        return tokens[:, 0], tokens[:, model.num_prefix_tokens :].unflatten(1, (rows, columns))
 
     settings = {"family": "timm", "version": timm.__version__, "name": spec.name, "modality": modality}
     settings |= {"depth_as": options.get("depth_as"), "mean": mean, "std": std}
@@ -65,11 +69,18 @@ def load(spec: Spec, modality: Modality, device: torch.device) -> FrozenEncoder:
         fingerprint=fingerprint(settings, model.state_dict()),
         device=device,
         to_input=to_input,
-        to_features=to_features,
+        to_features=lambda batch: to_tokens(batch)[1],
+        to_tokens=to_tokens if getattr(model, "cls_token", None) is not None else None,
     )
 
 
-def _create(spec: Spec, seed: int) -> nn.Module:
+def create(spec: Spec, seed: int = 0) -> nn.Module:
+    """The Vision Transformer of timm that a name stands for, without its classifier.
+
+    Raises:
+        ConfigError: timm has no such model, or it is no plain Vision Transformer.
+        ReportedError: the weights cannot be read.
+    """
     import timm
 
     try:
@@ -85,6 +96,7 @@ def _create(spec: Spec, seed: int) -> nn.Module:
     parts = ("patch_embed", "num_prefix_tokens", "norm", "fc_norm", "forward_features")
     if model is None or not all(hasattr(model, part) for part in parts):
         raise ConfigError(
-            f"encoder {spec.text}: not a Vision Transformer with square patches that takes any input size"
+            f"encoder {spec.text}: not a Vision Transformer with square patches that takes any input size; of a "
+            "convolutional network name the layers, ?layers=2-3"
         )
     return model

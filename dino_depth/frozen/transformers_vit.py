@@ -20,7 +20,7 @@ from dino_depth.frozen.inputs import DEPTH_AS, IMAGENET, square_depth, square_im
 from dino_depth.frozen.interface import FrozenEncoder, Modality, fingerprint
 from dino_depth.frozen.specs import Spec, read_options
 
-__all__ = ["load"]
+__all__ = ["MEAN_STD", "load", "mean_std", "read_config"]
 
 # model_type -> tokens before the patches.
 PREFIX: dict[str, Callable] = {
@@ -36,7 +36,12 @@ RESIZE_ON_REQUEST = ("deit", "ijepa", "vit", "vit_msn")
 # Parts of checkpoints that features do not need.
 HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.", "pooler.")
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-MEAN_STD = {"imagenet": IMAGENET, "half": HALF, "none": ((0.0,), (1.0,))}
+MEAN_STD = {
+    "imagenet": IMAGENET,
+    "half": HALF,
+    "sim3d": ((0.445,), (0.269,)),  # the released code of ModMap, for grey images
+    "none": ((0.0,), (1.0,)),
+}
 
 
 def load(spec: Spec, modality: Modality, device: torch.device) -> FrozenEncoder:
@@ -53,7 +58,7 @@ def load(spec: Spec, modality: Modality, device: torch.device) -> FrozenEncoder:
     if modality == "depth":
         known["depth_as"] = DEPTH_AS
     options = read_options(spec, known | ({"seed": (0,)} if spec.random else {}))
-    config = _read(spec, lambda: transformers.AutoConfig.from_pretrained(spec.name))
+    config = read_config(spec)
     kind = config.model_type
     if kind not in PREFIX:
         raise ConfigError(f"encoder {spec.text}: model type {kind!r} is none of {', '.join(sorted(PREFIX))}")
@@ -61,7 +66,7 @@ def load(spec: Spec, modality: Modality, device: torch.device) -> FrozenEncoder:
         raise ConfigError(
             f"encoder {spec.text} is an export of dino-depth, with its own normalisation: leave out transformers:"
         )
-    mean, std = _mean_std(spec, options["mean_std"])
+    mean, std = mean_std(spec, options["mean_std"])
     if spec.random:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options["seed"])
@@ -77,10 +82,10 @@ def load(spec: Spec, modality: Modality, device: torch.device) -> FrozenEncoder:
             return square_image(view, channels, mean, std, size)
         return square_depth(view, options["depth_as"], channels, mean, std, size)
 
-    def to_features(batch: Tensor) -> Tensor:
+    def to_tokens(batch: Tensor) -> tuple[Tensor, Tensor]:
         tokens = model(pixel_values=batch, **arguments).last_hidden_state
         rows, columns = (side // patch_size for side in batch.shape[-2:])
-        return tokens[:, prefix:].unflatten(1, (rows, columns))
+        return tokens[:, 0], tokens[:, prefix:].unflatten(1, (rows, columns))
 
     settings = {"family": "transformers", "version": transformers.__version__, "config": config.to_diff_dict()}
     settings |= {"modality": modality, "depth_as": options.get("depth_as"), "mean": list(mean), "std": list(std)}
@@ -92,8 +97,20 @@ def load(spec: Spec, modality: Modality, device: torch.device) -> FrozenEncoder:
         fingerprint=fingerprint(settings, model.state_dict()),
         device=device,
         to_input=to_input,
-        to_features=to_features,
+        to_features=lambda batch: to_tokens(batch)[1],
+        to_tokens=to_tokens if prefix else None,
     )
+
+
+def read_config(spec: Spec) -> Any:
+    """The configuration of transformers that a name stands for.
+
+    Raises:
+        DataError, ReportedError: it cannot be read.
+    """
+    import transformers
+
+    return _read(spec, lambda: transformers.AutoConfig.from_pretrained(spec.name))
 
 
 def _load_weights(spec: Spec) -> torch.nn.Module:
@@ -113,7 +130,12 @@ def _load_weights(spec: Spec) -> torch.nn.Module:
     return model
 
 
-def _mean_std(spec: Spec, choice: str) -> tuple[tuple, tuple]:
+def mean_std(spec: Spec, choice: str) -> tuple[tuple, tuple]:
+    """Mean and standard deviation of a network's input, of its file or as the option ``mean_std`` says.
+
+    Raises:
+        ConfigError: neither says them.
+    """
     if choice != "file":
         return MEAN_STD[choice]
     from transformers.image_processing_base import ImageProcessingMixin

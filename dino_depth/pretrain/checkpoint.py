@@ -5,8 +5,12 @@ A file is ``checkpoints/step-00000300.pt``: tensors and plain numbers written by
 stored.
 """
 
+import contextlib
+import fcntl
 import os
 import re
+import socket
+from logging import getLogger
 from pathlib import Path
 
 import torch
@@ -23,9 +27,12 @@ __all__ = [
     "load_backbone",
     "load_encoder_or_run",
     "load_run_encoder",
+    "newest",
     "prune",
     "save",
 ]
+
+log = getLogger("dino_depth")
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -46,9 +53,11 @@ def save(state: dict, path: Path):
         OSError: the file cannot be written; the disk is full, say.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
+    partial = path.with_name(f"{path.stem}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
+            with contextlib.suppress(OSError):  # some file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # says to prune that somebody is at it
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -68,11 +77,22 @@ def save(state: dict, path: Path):
 
 
 def prune(run: Path, keep: int):
-    """Deletes all but the newest ``keep`` checkpoints, and what a killed save left."""
+    """Deletes all but the newest ``keep`` checkpoints and what a killed save left, but not what is being written."""
     for path in checkpoints(run)[:-keep]:
-        path.unlink()
+        path.unlink(missing_ok=True)
     for path in (Path(run) / "checkpoints").glob("*.tmp"):
-        path.unlink()
+        if _is_left(path):
+            path.unlink(missing_ok=True)
+
+
+def _is_left(path: Path) -> bool:
+    """Whether nobody writes a file any more; where there are no locks, nobody knows."""
+    try:
+        with open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def load(path: Path) -> dict:
@@ -88,6 +108,26 @@ def load(path: Path) -> dict:
     if not isinstance(state, dict) or not {"step", "teacher"} <= state.keys():
         raise DataError(f"{path}: not a checkpoint of dino-depth pretrain")
     return state
+
+
+def newest(run: Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint that can be read and its state; None where a run has none yet.
+
+    A damaged one is warned of, and the one before it taken.
+
+    Raises:
+        DataError: there are checkpoints, and none of them can be read.
+    """
+    found = checkpoints(run)
+    for path in reversed(found):
+        try:
+            return path, load(path)
+        except DataError as error:
+            fault = error
+            log.warning("%s; an older checkpoint is taken instead", error)
+    if found:
+        raise DataError(f"{fault}; none of {len(found)} checkpoints can be read")
+    return None
 
 
 def load_run_encoder(run: Path, random_initialization: bool = False) -> Encoder:
@@ -108,12 +148,12 @@ def load_run_encoder(run: Path, random_initialization: bool = False) -> Encoder:
     backbone = DepthTransformer(config.model, config.crops.global_size)
     step = 0
     if not random_initialization:
-        found = checkpoints(run)
-        if not found:
+        found = newest(run)
+        if found is None:
             raise ConfigError(f"{run}: no checkpoint yet")
-        state = load(found[-1])
+        path, state = found
         step = state["step"]
-        load_backbone(backbone, state["teacher"], found[-1])
+        load_backbone(backbone, state["teacher"], path)
     name = f"{run.name}, {'random initialisation' if random_initialization else f'step {step}'}"
     return Encoder(backbone, config.data.normalization, name, config.crops.global_size)
 

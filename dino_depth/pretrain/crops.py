@@ -14,7 +14,7 @@ from dino_depth.config import CropConfig
 from dino_depth.errors import ConfigError
 from dino_depth.resample import Pyramid
 
-__all__ = ["check_crops", "crops_of_step", "draw_crops", "multi_crop"]
+__all__ = ["check_crops", "crops_of_step", "cut", "draw_crops", "multi_crop", "partners"]
 
 SIZES = 5  # last word of the generator's key, see ``order.py``
 GLOBAL_CROPS = 2  # the teacher sees two; the losses pair each with the other
@@ -127,9 +127,37 @@ def multi_crop(
         seed: of the run.
         position: of the sample in the run.
     """
-    affines = draw_crops(valid, config, seed, position)[None]
+    return cut(values, valid, draw_crops(valid, config, seed, position), config)
+
+
+def cut(
+    values: np.ndarray, valid: np.ndarray, affines: np.ndarray, config: CropConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The crops of :func:`multi_crop` at ``affines`` (2 + local_crops, 2, 3)."""
+    affines = affines[None]
     pyramid = Pyramid(torch.from_numpy(values)[None], torch.from_numpy(valid)[None])
     return (
         pyramid.sample(affines[:, :GLOBAL_CROPS], config.global_size)[0],
         pyramid.sample(affines[:, GLOBAL_CROPS:], config.local_size)[0],
     )
+
+
+def partners(affines: np.ndarray, grid: int) -> np.ndarray:
+    """Which patch of the other global crop covers the place where each patch has its centre, (2, grid * grid) int64.
+
+    Args:
+        affines: (2 or more, 2, 3) of :func:`draw_crops`, the global crops first.
+        grid: patches along a side of a global crop.
+
+    Returns:
+        row-major numbers; -1 where the place lies outside the other crop.
+    """
+    rows, columns = np.indices((grid, grid)).reshape(2, -1)
+    centres = np.stack([columns + 0.5, rows + 0.5]) / grid  # (2, patches)
+    found = []
+    for own, other in (affines[:GLOBAL_CROPS], affines[GLOBAL_CROPS - 1 :: -1]):
+        there = own[:, :2] @ centres + own[:, 2:] - other[:, 2:]
+        column, row = np.floor(np.linalg.solve(other[:, :2], there) * grid).astype(np.int64)
+        inside = (column >= 0) & (column < grid) & (row >= 0) & (row < grid)
+        found.append(np.where(inside, row * grid + column, -1))
+    return np.stack(found)

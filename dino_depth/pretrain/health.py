@@ -23,7 +23,7 @@ __all__ = ["CollapseGate", "measure", "rankme"]
 
 def rankme(features: Tensor) -> float:
     """Effective rank, exp(entropy of the normalised singular values), of (samples, dim) features (RankMe, eq. 1-2)."""
-    values = torch.linalg.svdvals(features.double())
+    values = torch.linalg.svdvals(features.cpu().double())  # a GPU takes longer for so small a matrix
     share = values / values.sum().clamp_min(1e-30) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))
 
@@ -33,30 +33,31 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(targets: Targets, rank_rows: int = 512) -> dict[str, float]:
+def measure(targets: Targets, spectra: bool = True, rank_rows: int = 512) -> dict[str, float]:
     """Figures of one step over all ranks; entropies relative to log K, usage relative to what is reachable.
 
     Args:
-        rank_rows: most feature rows of this rank used for RankMe.
+        spectra: whether to compute the effective ranks as well, which take as long as a step.
+        rank_rows: most feature rows of this rank used for them.
     """
-    figures = {}
+    found = {}
     for name, table in (("class", targets.classes), ("patch", targets.patches)):
         rows, prototypes = table.shape
-        scale = math.log(prototypes)
-        count = all_sum(torch.tensor(float(rows), device=table.device)).clamp_min(1)
-        single = all_sum(sum(_entropy(part).sum() for part in table.split(64)) / count)
-        mean = all_sum(table.sum(0) / count)
-        favourites = all_sum(torch.bincount(table.argmax(1), minlength=prototypes))
-        figures[f"{name}_target_entropy"] = float(single) / scale
-        figures[f"{name}_mean_entropy"] = float(_entropy(mean)) / scale
-        figures[f"{name}_used"] = int((favourites > 0).sum()) / min(prototypes, int(count))
-    classes = targets.class_features.float()
-    patches = targets.patch_features.float()
-    figures["class_rankme"] = rankme(classes[:rank_rows])
-    figures["patch_rankme"] = rankme(patches[:: max(1, len(patches) // rank_rows)][:rank_rows])
+        count = all_sum(torch.full((), float(rows), device=table.device))
+        single = all_sum(sum(_entropy(part).sum() for part in table.split(64))) / count.clamp_min(1)
+        mean = all_sum(table.sum(0)) / count.clamp_min(1)
+        favourites = all_sum(torch.zeros(prototypes, device=table.device).index_fill_(0, table.argmax(1), 1))
+        found[f"{name}_target_entropy"] = single / math.log(prototypes)
+        found[f"{name}_mean_entropy"] = _entropy(mean) / math.log(prototypes)
+        found[f"{name}_used"] = (favourites > 0).sum() / count.clamp(1, prototypes)
+    classes, patches = targets.class_features.float(), targets.patch_features.float()
     unit = torch.nn.functional.normalize(classes, dim=-1)
-    pairs = max(1, len(unit) * (len(unit) - 1))
-    figures["class_cosine"] = float((unit.sum(0).square().sum() - len(unit)) / pairs)
+    found["class_cosine"] = (unit.sum(0).square().sum() - len(unit)) / max(1, len(unit) * (len(unit) - 1))
+    # Read at once: a GPU is waited for a single time.
+    figures = dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
+    if spectra:
+        figures["class_rankme"] = rankme(classes[:rank_rows])
+        figures["patch_rankme"] = rankme(patches[:: max(1, len(patches) // rank_rows)][:rank_rows])
     return figures
 
 

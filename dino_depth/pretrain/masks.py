@@ -11,6 +11,8 @@ __all__ = ["block_mask", "draw_masks"]
 
 def block_mask(generator: np.random.Generator, grid: int, count: int) -> np.ndarray:
     """(grid, grid) bool with exactly ``count`` patches hidden, in rectangles of aspect 0.3 to 1/0.3 (BEiT, DINOv2)."""
+    if count > grid * grid:
+        raise ValueError(f"{count} of {grid * grid} patches cannot be hidden")
     mask = np.zeros((grid, grid), bool)
     while (missing := count - int(mask.sum())) > 0:
         area = generator.uniform(min(4, missing), missing)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dino_depth.config import PretrainConfig
+from dino_depth.distributed import broadcast
 from dino_depth.pretrain.student_teacher import Networks
 
 __all__ = ["Schedule", "build_optimizer", "clip", "schedule", "set_rates"]
@@ -94,5 +95,14 @@ def set_rates(optimizer: torch.optim.Optimizer, now: Schedule):
 
 
 def clip(student: Networks, largest: float) -> Tensor:
-    """Clips the gradient norm of backbone and of each head on its own; returns the three norms."""
-    return torch.stack([torch.nn.utils.clip_grad_norm_(part.parameters(), largest) for part in student.children()])
+    """Clips the gradient norm of backbone and of each head on its own; returns the three norms.
+
+    All ranks use the norms of the first: summed in another order by another GPU they would differ in the last bits, and
+    so would the weights.
+    """
+    parts = [[weight for weight in part.parameters() if weight.grad is not None] for part in student.children()]
+    norms = torch.stack([torch.nn.utils.get_total_norm([weight.grad for weight in part]) for part in parts])
+    norms = broadcast(norms)
+    for part, norm in zip(parts, norms, strict=True):
+        torch.nn.utils.clip_grads_with_norm_(part, largest, norm)
+    return norms

@@ -30,21 +30,19 @@ from dino_depth.errors import ConfigError, DataError
 from dino_depth.pretrain import checkpoint
 from dino_depth.pretrain.readout import (
     FIGURES,
-    Moments,
     bootstrap,
     demo_gate,
-    fit_ridge,
-    knn,
     patch_sums,
     pca_colours,
     print_table,
     query_rows,
 )
 from dino_depth.pretrain.shards import DepthShards
-from dino_depth.pretrain.surface import patch_geometry
 from dino_depth.progress import Progress
+from dino_depth.readout import Moments, fit_ridge, knn
 from dino_depth.resample import fit_square
 from dino_depth.storage import location
+from dino_depth.surface import patch_geometry
 from dino_depth.vit import DepthTransformer
 
 __all__ = [
@@ -137,7 +135,7 @@ def collect_features(encoder: Encoder, shards: DepthShards, indices, size: int |
 def _finite(features: tuple[Tensor, Tensor], name: str, shards: DepthShards, indices) -> tuple[Tensor, Tensor]:
     good = features[0].isfinite().all(1) & features[1].isfinite().flatten(1).all(1)
     if not good.all():
-        key = shards.entries[int(indices[int(good.int().argmin())])].meta["key"]
+        key = shards.key(int(indices[int(good.int().argmin())]))
         raise DataError(f"{name}: features of {int((~good).sum())} maps are NaN or infinite, first of sample {key}")
     return features
 
@@ -149,10 +147,10 @@ def choose_maps(shards: DepthShards, config: ProbeConfig) -> tuple[np.ndarray, n
         ConfigError: a split does not exist or is on both sides.
         DataError: a side has fewer than two maps.
     """
-    splits = np.array([entry.meta["split"] for entry in shards.entries])
+    splits = shards.values("split")
     found, where = sorted(set(splits)), ", ".join(map(str, shards.folders))
     if len(found) == 1:
-        digests = [hashlib.sha256(entry.meta["key"].encode()).digest() for entry in shards.entries]
+        digests = [hashlib.sha256(shards.key(index).encode()).digest() for index in range(len(shards))]
         is_query = np.array([digest[0] % 3 == 0 for digest in digests])
         is_gallery = ~is_query
     else:
@@ -177,7 +175,7 @@ def label_maps(shards: DepthShards, gallery: np.ndarray, queries: np.ndarray) ->
     Raises:
         DataError: a query's category has no gallery map, or there is one category only.
     """
-    names = [shards.entries[index].meta["category"] for index in (*gallery, *queries)]
+    names = shards.values("category")[[*gallery, *queries]].tolist()
     known, asked = set(names[: len(gallery)]), set(names[len(gallery) :])
     if missing := sorted(asked - known):
         raise DataError(f"query category {missing[0]!r} has no map in the gallery ({len(missing)} such categories)")
@@ -289,11 +287,10 @@ def count_seen(data: DataConfig, shards: DepthShards, queries: np.ndarray) -> in
     """How many of the maps ``queries`` of ``shards`` a run with these data trains on."""
     folders = [data.shards] if isinstance(data.shards, str) else data.shards
     trained = {location(folder).resolve() for folder in folders}
-    entries = [shards.entries[index] for index in queries]
+    splits = shards.values("split")
     return sum(
-        shards.paths[entry.shard].parent.resolve() in trained
-        and (not data.splits or entry.meta["split"] in data.splits)
-        for entry in entries
+        shards.folder(index).resolve() in trained and (not data.splits or splits[index] in data.splits)
+        for index in queries
     )
 
 

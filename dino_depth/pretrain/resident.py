@@ -6,7 +6,7 @@ crops from; validity, and so which crops are drawn for a (seed, position), is th
 draw crops and masks: they keep one bit a pixel and never touch the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 
 import numpy as np
@@ -19,7 +19,9 @@ from dino_depth.config import CropConfig, DataConfig
 from dino_depth.depth import Normalization, normalize
 from dino_depth.errors import ConfigError, ReportedError
 from dino_depth.pretrain.crops import GLOBAL_CROPS
+from dino_depth.pretrain.maps import Drawn
 from dino_depth.pretrain.shards import DepthShards
+from dino_depth.pretrain.shared_arrays import SharedArrays
 from dino_depth.progress import Progress
 from dino_depth.resample import Pyramid
 
@@ -30,20 +32,35 @@ TOGETHER = 32  # maps resampled at once: bounds what a batch of large maps needs
 
 
 class Validity:
-    """Which pixels of each map are valid, one bit each."""
+    """Which pixels of each map are valid, one bit each: all that workers have of maps on the device.
 
-    def __init__(self):
-        self.shapes: list[tuple[int, int]] = []
-        self._bits: list[np.ndarray] = []
+    Args:
+        masks: (height, width) bool of every map.
+    """
 
-    def append(self, valid: np.ndarray):
-        self.shapes.append(valid.shape)
-        self._bits.append(np.packbits(valid))
+    def __init__(self, masks: Iterable[np.ndarray]):
+        bits, shapes = [], []
+        for valid in masks:
+            bits.append(np.packbits(valid))
+            shapes.append(valid.shape)
+        layout = {"bits": (sum(map(len, bits)), "<u1"), "starts": (len(bits) + 1, "<i8")}
+        self._arrays = SharedArrays(layout | {"shapes": (2 * len(bits), "<i8")})
+        self._arrays["bits"][:] = np.concatenate(bits)
+        self._arrays["starts"][1:] = np.cumsum([len(part) for part in bits])
+        self._arrays["shapes"][:] = np.array(shapes).reshape(-1)
+
+    def shape(self, index: int) -> tuple[int, int]:
+        height, width = self._arrays["shapes"][2 * index : 2 * index + 2].tolist()
+        return height, width
 
     def __getitem__(self, index: int) -> np.ndarray:
         """(height, width) bool."""
-        height, width = self.shapes[index]
-        return np.unpackbits(self._bits[index], count=height * width).reshape(height, width).view(bool)
+        height, width = self.shape(index)
+        start, end = self._arrays["starts"][index : index + 2].tolist()
+        return np.unpackbits(self._arrays["bits"][start:end], count=height * width).reshape(height, width).view(bool)
+
+    def load(self, index: int) -> tuple[np.ndarray, None]:
+        return self[index], None
 
 
 class _Inputs(Dataset):
@@ -82,24 +99,28 @@ class ResidentMaps:
     """
 
     def __init__(self, shards: DepthShards, data: DataConfig, device: torch.device):
-        self.validity, self.device = Validity(), device
+        self.shards, self.device = shards, device
         self._codes: list[Tensor] = []
-        scales = []
+        scales: list[tuple[float, float]] = []
+        self.reader = self.validity = Validity(self._valid(shards, data, scales))
+        self._scales = torch.tensor(scales, dtype=torch.float32, device=device)  # (maps, 2)
+
+    def _valid(self, shards: DepthShards, data: DataConfig, scales: list[tuple[float, float]]) -> Iterator[np.ndarray]:
+        """The validity of every map, whose codes are put on the device meanwhile."""
         shown = Progress("maps to the device", len(shards), "maps") if distributed.rank() == 0 else nullcontext()
         try:
             with shown as progress:
                 for codes, smallest, step in self._read(shards, data):
-                    self.validity.append(codes.numpy() != 0)
-                    self._codes.append(codes.to(device))
+                    self._codes.append(codes.to(self.device))
                     scales.append((smallest, step))
+                    yield codes.numpy() != 0
                     if progress:
                         progress.advance()
         except torch.OutOfMemoryError:
             size = sum(codes.nbytes for codes in self._codes) * len(shards) / max(1, len(self._codes)) / 2**30
             raise ConfigError(
-                f"data.on_device: {len(shards)} maps of some {size:.0f} GiB do not fit {device}"
+                f"data.on_device: {len(shards)} maps of some {size:.0f} GiB do not fit {self.device}"
             ) from None
-        self._scales = torch.tensor(scales, dtype=torch.float32, device=device)  # (maps, 2)
 
     @staticmethod
     def _read(shards: DepthShards, data: DataConfig) -> Iterator[tuple[Tensor, float, float]]:
@@ -107,6 +128,9 @@ class ResidentMaps:
             if isinstance(item, Exception):
                 raise item
             yield item
+
+    def crops(self, drawn: Drawn, config: CropConfig) -> tuple[Tensor, Tensor]:
+        return self.crop(drawn.index, drawn.affines, config)
 
     def crop(self, indices: Tensor, affines: Tensor, config: CropConfig) -> tuple[Tensor, Tensor]:
         """Global (maps, 2, 1, S, S) and local (maps, local_crops, 1, s, s) crops, as ``crops.multi_crop`` makes them.
@@ -123,7 +147,7 @@ class ResidentMaps:
         ]
         alike: dict[tuple[int, int], list[int]] = {}
         for place, index in enumerate(indices.tolist()):
-            alike.setdefault(self.validity.shapes[index], []).append(place)
+            alike.setdefault(self.validity.shape(index), []).append(place)
         for places in alike.values():
             for start in range(0, len(places), TOGETHER):
                 chosen = places[start : start + TOGETHER]

@@ -18,7 +18,9 @@ import torch
 from dino_depth import __version__, distributed
 from dino_depth.config import PretrainConfig, load_config, save_config
 from dino_depth.errors import ConfigError, DataError
+from dino_depth.lock import EXCLUSIVE, locked
 from dino_depth.pretrain.shards import DepthShards
+from dino_depth.storage import redacted
 
 __all__ = ["RunFolder", "git_revision", "library_versions"]
 
@@ -28,6 +30,8 @@ FREE = {
     "train.checkpoint_every", "train.keep", "train.log_every", "train.evaluate_every", "train.threads", "train.timeout",
     "train.device", "train.compile",
 }  # fmt: skip
+LOCK = ".lock"
+REQUEUE_SECONDS = 120.0  # an NFS server forgets a lost client after 90
 PACKAGES = (
     "torch",
     "timm",
@@ -79,7 +83,8 @@ class RunFolder:
         shards: the data; a resumed run must see the same samples.
 
     Raises:
-        ConfigError: the folder is not empty and ``resume`` is not set, or a setting changed since the run began.
+        ConfigError: the folder is not empty and ``resume`` is not set, a setting changed since the run began, or
+            another process trains in it.
         DataError: the shards changed since the run began.
     """
 
@@ -91,15 +96,29 @@ class RunFolder:
         started = (self.path / "config.yaml").is_file()
         if config.resume and started:
             self._check_unchanged(config, shards)
-        elif not config.resume and self.path.exists() and any(self.path.iterdir()):
+        elif not config.resume and self.path.exists() and any(path.name != LOCK for path in self.path.iterdir()):
             raise ConfigError(f"--out {self.path}: folder is not empty; use --resume to continue the run in it")
+        self._held = contextlib.ExitStack()
+        if self.writes:
+            busy = f"--out {self.path}: another process is training in this folder; wait for it or end it"
+            # A requeued job may start before its predecessor, or the lock of a node that was lost, is gone.
+            patience = REQUEUE_SECONDS if os.environ.get("SLURM_RESTART_COUNT") else 0
+            self._held.enter_context(locked(self.path / LOCK, EXCLUSIVE, busy, False, patience))
+        try:
+            self._open(config, shards, started)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def _open(self, config: PretrainConfig, shards: DepthShards, started: bool):
+        if self.writes and (self.path / "config.yaml").is_file() != started:
+            raise ConfigError(f"--out {self.path}: another process began a run in this folder at the same moment")
         # This also waits until every rank has looked at the folder before one of them writes to it.
         distributed.require_equal("the samples of data.shards", _fingerprint(shards)[:12])
         self.log = logging.getLogger("dino_depth")
         self._metrics = self._events = None
         if not self.writes:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(self.path / "run.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.log.setLevel(logging.INFO)
@@ -125,7 +144,7 @@ class RunFolder:
                 )
         if (self.path / "env.json").is_file():
             known = json.loads((self.path / "env.json").read_text(encoding="utf-8")).get("samples_sha256")
-            if known and known != _fingerprint(shards):
+            if known and known != _fingerprint(shards) and known != _fingerprint_of_keys(shards):
                 raise DataError(f"--resume: the samples of {config.data.shards} are not those {self.path} began with")
 
     def _environment(self, shards: DepthShards) -> dict:
@@ -139,7 +158,7 @@ class RunFolder:
             "processors": os.cpu_count(),
             "gpu": gpu,
             "world_size": distributed.world_size(),
-            "command": " ".join(sys.argv),
+            "command": redacted(" ".join(sys.argv)),
             "samples": len(shards),
             "samples_sha256": _fingerprint(shards),
             "manifests_sha256": {str(path): _sha256(path / "manifest.json") for path in shards.folders},
@@ -186,6 +205,7 @@ class RunFolder:
         for handler in self.log.handlers:
             handler.close()
         self.log.handlers = []
+        self._held.close()
 
 
 def _sha256(path: Path) -> str:
@@ -193,11 +213,23 @@ def _sha256(path: Path) -> str:
 
 
 def _fingerprint(shards: DepthShards) -> str:
-    """What the run reads: the checksums of its shards and the keys it selected, wherever the folders lie."""
+    """What the run reads: the checksums of its shards and how many samples it selected, wherever the folders lie."""
+    digest = _digest_shards(shards)
+    digest.update(f" {len(shards)} samples".encode())
+    return digest.hexdigest()
+
+
+def _fingerprint_of_keys(shards: DepthShards) -> str:
+    """What runs noted that began before there was an index: with the keys of all samples, which takes its time."""
+    digest = _digest_shards(shards)
+    for index in range(len(shards)):
+        digest.update(shards.key(index).encode())
+    return digest.hexdigest()
+
+
+def _digest_shards(shards: DepthShards):
     digest = hashlib.sha256()
     for manifest in shards.manifests:
         for shard in manifest["shards"]:
             digest.update(shard["sha256"].encode())
-    for entry in shards.entries:
-        digest.update(entry.meta["key"].encode())
-    return digest.hexdigest()
+    return digest

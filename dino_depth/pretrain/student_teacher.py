@@ -1,5 +1,6 @@
 """The method: what the teacher wants, and what the student pays. The loop only schedules these functions."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,23 +8,38 @@ import torch
 from torch import Tensor, nn
 
 from dino_depth.compiled import compiled, vary
-from dino_depth.config import PretrainConfig
+from dino_depth.config import LossConfig, PretrainConfig
+from dino_depth.pretrain.distill import Projector, SecondTeacher, cosine_distance, seen_patches
 from dino_depth.pretrain.heads import PrototypeHead
 from dino_depth.pretrain.losses import koleo, matmul_dtype, prototype_cross_entropy, sinkhorn
 from dino_depth.pretrain.stochastic_depth import kept_sequences
 from dino_depth.vit import DepthTransformer
 
-__all__ = ["Batch", "Networks", "Student", "Targets", "student_losses", "teacher_targets", "update_teacher"]
+__all__ = [
+    "Batch", "Networks", "Student", "Targets", "learns_alone", "student_losses", "teacher_targets", "update_teacher",
+]  # fmt: skip
+
+
+def learns_alone(loss: LossConfig) -> bool:
+    """Whether a loss of self-supervision has a weight; a second teacher is the only one where none has."""
+    return any((loss.dino_weight, loss.ibot_weight, loss.koleo_weight, loss.dense_weight))
 
 
 class Networks(nn.Module):
-    """Backbone and the two heads, of the student or of the teacher."""
+    """Backbone and the two heads, of the student or of the teacher.
 
-    def __init__(self, config: PretrainConfig):
+    Args:
+        second_dim: of the features of a second teacher, which come with a projector; 0: there is none.
+    """
+
+    def __init__(self, config: PretrainConfig, second_dim: int = 0):
         super().__init__()
         self.backbone = DepthTransformer(config.model, config.crops.global_size)
-        self.dino_head = PrototypeHead(config.model.dim, config.loss)
-        self.ibot_head = PrototypeHead(config.model.dim, config.loss)
+        if learns_alone(config.loss):
+            self.dino_head = PrototypeHead(config.model.dim, config.loss)
+            self.ibot_head = PrototypeHead(config.model.dim, config.loss)
+        if second_dim:
+            self.projector = Projector(config.model.dim, second_dim)
 
 
 @dataclass
@@ -38,6 +54,13 @@ class Batch:
         needed: (2 * maps + hidden + crops * maps,) rows the losses read of all tokens of the global, then of the local
             crops: global class tokens, hidden patches, local class tokens.
         kept: which global and which local crops take each residual branch, see ``stochastic_depth.py``; None: all.
+        pairs: (2, pairs) rows of the tokens of the global crops: a patch, and the patch of the map's other global crop
+            that sees the place in its middle; None where the dense loss is off.
+        pair_weights: (pairs,) 1 / (pairs of the patch's crop * number of global crops).
+        depth: (2 * maps, 1, side, side) on the CPU, the depth of the global crops, which a second teacher sees; None
+            without one.
+        metric: (2 * maps,) bool, whether it is in metres; None likewise.
+        seen: (2 * maps, patches) bool, patches that hold a valid pixel and face the second teacher's; None likewise.
     """
 
     global_crops: Tensor
@@ -46,6 +69,11 @@ class Batch:
     mask_weights: Tensor
     needed: Tensor
     kept: list[list[Tensor]] | None
+    pairs: Tensor | None
+    pair_weights: Tensor | None
+    depth: Tensor | None = None
+    metric: Tensor | None = None
+    seen: Tensor | None = None
 
     @classmethod
     def make(
@@ -57,11 +85,15 @@ class Batch:
         config: PretrainConfig,
         step: int = 0,
         first: int = 0,
+        partners: Tensor | None = None,
+        shown: tuple[Tensor, Tensor] | None = None,
     ) -> "Batch":
         """From (maps, 2, 1, side, side) and (maps, crops, 1, side, side) crops and (maps, 2, patches) masks.
 
         Args:
             step, first: the step, and the place of the first map in its batch.
+            partners: (maps, 2, patches) of :func:`crops.partners`; None: no pairs.
+            shown: (maps, 2, 1, side, side) depth and (maps,) bool of :func:`loading.next_crops`, for a second teacher.
         """
         model, counts = config.model, [global_crops.shape[1], local_crops.shape[1]]
         kept = kept_sequences(
@@ -75,10 +107,42 @@ class Batch:
         classes = torch.arange(len(masks)) * length
         locals_ = len(masks) * length + torch.arange(local_crops.shape[0] * local_crops.shape[1]) * small
         needed = torch.cat([classes, crop * length + prefix + patch, locals_])
-        parts = [part.to(device, non_blocking=True) for part in (global_crops, local_crops, masks, weights, needed)]
-        # Rearranged there: the loader's memory is pinned, a rearranged copy of it would not be.
-        parts[:2] = (crops.transpose(0, 1).flatten(0, 1) for crops in parts[:2])
-        return cls(*parts, _to_device(kept, device))
+        # The loader's memory is pinned already, so the crops are rearranged there.
+        parts = [crops.to(device, non_blocking=True) for crops in (global_crops, local_crops)]
+        parts = [crops.transpose(0, 1).flatten(0, 1) for crops in parts]
+        parts += [_sent(part, device) for part in (masks, weights, needed)]
+        pairs = (None, None) if partners is None else _pairs(partners, prefix)
+        pairs = (part if part is None else _sent(part, device) for part in pairs)
+        batch = cls(*parts, _to_device(kept, device), *pairs)
+        if shown is not None:
+            depth, metric = shown
+            batch.depth, batch.metric = depth.transpose(0, 1).flatten(0, 1), metric.repeat(2)
+            batch.seen = seen_patches(batch.global_crops, model.patch_size)
+        return batch
+
+    def used_on(self, stream: torch.cuda.Stream):
+        """Keeps the memory of what lies on a GPU from being given away before ``stream`` is done with it."""
+        parts = [*vars(self).values(), *(part for sets in self.kept or () for part in sets)]
+        for part in parts:
+            if isinstance(part, Tensor) and part.is_cuda:
+                part.record_stream(stream)
+
+
+def _pairs(partners: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """``pairs`` and ``pair_weights`` of a :class:`Batch`, ``prefix`` tokens lying before the patches of a crop."""
+    maps, crops, patches = partners.shape
+    partners = partners.transpose(0, 1).flatten(0, 1)  # (2 maps, patches): the first crops, then the second ones
+    crop, patch = (partners >= 0).nonzero(as_tuple=True)
+    other, length = (crop + maps) % (crops * maps), prefix + patches
+    counts = (partners >= 0).sum(1)
+    rows = torch.stack([crop * length + prefix + patch, other * length + prefix + partners[crop, patch]])
+    return rows, 1 / (counts[crop] * len(partners))
+
+
+def _sent(part: Tensor, device: torch.device) -> Tensor:
+    """``part`` on its way to ``device``, from pinned memory: another one would be copied there first, meanwhile waited
+    for."""
+    return (part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True)
 
 
 def _to_device(kept: list[list[np.ndarray]] | None, device: torch.device) -> list[list[Tensor]] | None:
@@ -87,7 +151,7 @@ def _to_device(kept: list[list[np.ndarray]] | None, device: torch.device) -> lis
         return None
     parts = [part for sets in kept for part in sets]
     sizes = [len(part) for part in parts]
-    moved = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True).split(sizes)
+    moved = _sent(torch.from_numpy(np.concatenate(parts)), device).split(sizes)
     vary(*moved)
     moved = iter(moved)
     return [[next(moved) for _ in sets] for sets in kept]
@@ -98,16 +162,22 @@ class Targets:
     """What the teacher assigns.
 
     Attributes:
-        classes: (2 * maps, K) per global crop.
+        classes: (2 * maps, K) per global crop; None, as all but the last two, where a second teacher is the only one.
         patches: (hidden, K) per hidden patch.
+        paired: (pairs, K) per pair, of the patch that the student's faces; None where the dense loss is off.
         class_features: (2 * maps, dim), the teacher's, for the health figures.
         patch_features: (hidden, dim), likewise.
+        second_classes: (2 * maps, second dim) of the second teacher per global crop; None without one.
+        second_patches: (seen, second dim) of the second teacher per patch of ``Batch.seen``; None without one.
     """
 
-    classes: Tensor
-    patches: Tensor
-    class_features: Tensor
-    patch_features: Tensor
+    classes: Tensor | None
+    patches: Tensor | None
+    class_features: Tensor | None
+    patch_features: Tensor | None
+    paired: Tensor | None = None
+    second_classes: Tensor | None = None
+    second_patches: Tensor | None = None
 
 
 @compiled
@@ -116,56 +186,119 @@ def _project(head: PrototypeHead, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def teacher_targets(teacher: Networks, batch: Batch, temperature: float, iterations: int) -> Targets:
-    """The teacher sees whole global crops; its assignments are balanced by Sinkhorn-Knopp."""
+def teacher_targets(
+    teacher: Networks, batch: Batch, temperature: float, iterations: int, second: SecondTeacher | None = None
+) -> Targets:
+    """The teacher sees whole global crops; its assignments are balanced by Sinkhorn-Knopp. So does the second one."""
+    targets = Targets(None, None, None, None)
+    if hasattr(teacher, "dino_head"):
+        targets = _assignments(teacher, batch, temperature, iterations)
+    if second is not None:
+        grid = math.isqrt(batch.seen.shape[1])
+        targets.second_classes, targets.second_patches = second.targets(batch.depth, batch.metric, batch.seen, grid)
+    return targets
+
+
+def _assignments(teacher: Networks, batch: Batch, temperature: float, iterations: int) -> Targets:
     crops = len(batch.global_crops)
     needed = batch.needed[: crops + len(batch.mask_weights)]
+    if batch.pairs is not None:
+        needed = torch.cat([needed, batch.pairs[1]])
     tokens = teacher.backbone.forward_packed([batch.global_crops], [None], needed=needed)
-    classes, hidden = tokens[:crops], tokens[crops:]  # (2 maps, dim), (hidden, dim)
+    count = len(batch.mask_weights)
+    classes, hidden, paired = tokens[:crops], tokens[crops : crops + count], tokens[crops + count :]
     vary(classes, hidden)
-    targets = []
-    for head, rows in ((teacher.dino_head, classes), (teacher.ibot_head, hidden)):
+    targets, read = [], [(teacher.dino_head, classes), (teacher.ibot_head, hidden)]
+    if batch.pairs is not None:
+        vary(paired)
+        read.append((teacher.ibot_head, paired))
+    for head, rows in read:
         dtype = matmul_dtype(rows.device)
         logits = _project(head, rows).to(dtype) @ head.prototypes().to(dtype).T  # (rows, K)
         targets.append(sinkhorn(logits, temperature, iterations))
-    return Targets(*targets, classes, hidden)
+    return Targets(*targets[:2], classes, hidden, *targets[2:])
 
 
 def student_losses(student: Networks, batch: Batch, targets: Targets, config: PretrainConfig) -> dict[str, Tensor]:
-    """DINO, iBOT and KoLeo losses of the student, unweighted, and their weighted sum ``loss``.
+    """The losses of the student that have targets, unweighted, and their weighted sum ``loss``.
 
     - dino: mean cross entropy over all pairs (student crop, teacher global crop) of a map but a crop with itself:
       2 + 2 * local crops pairs (Oquab et al. 2023, section 4).
     - ibot: mean over the global crops of the mean over their hidden patches.
     - koleo: sum over the two sets of global crops, on class tokens before the head.
+    - dense, where it has a weight: mean over the global crops of the mean over their patches that the map's other
+      global crop sees too; a patch, hidden or not, faces the teacher's assignment of the patch there.
+    - second_class, second_patch, with a second teacher: mean over the global crops of the cosine distance of the class
+      token, and of its mean over the patches that hold a valid pixel, hidden or not, see ``distill.py``. Where it is
+      the only teacher, the local crops are not computed.
     """
-    loss = config.loss
-    maps = len(batch.global_crops) // 2
-    locals_ = len(batch.local_crops) // maps
-    crops, scale = [batch.global_crops, batch.local_crops], 1 / (1 - config.model.drop_path)
-    tokens = student.backbone.forward_packed(crops, [batch.masks, None], batch.needed, batch.kept, scale)
-    whole, hidden, local = tokens.split([2 * maps, len(batch.mask_weights), locals_ * maps])
+    loss, distill = config.loss, config.distill
+    maps, sets = len(batch.global_crops) // 2, slice(None)
+    rows = {"whole": batch.needed[: 2 * maps]}
+    if alone := not hasattr(student, "dino_head"):
+        sets = slice(1)
+    else:
+        hidden = len(batch.mask_weights)
+        rows |= {"hidden": batch.needed[2 * maps : 2 * maps + hidden], "local": batch.needed[2 * maps + hidden :]}
+    if batch.pairs is not None:
+        rows["paired"] = batch.pairs[0]
+    if batch.seen is not None:
+        crop, patch = batch.seen.nonzero(as_tuple=True)
+        prefix = 1 + config.model.registers
+        rows["seen"] = crop * (prefix + batch.seen.shape[1]) + prefix + patch
+    crops, masks = [batch.global_crops, batch.local_crops][sets], [batch.masks, None][sets]
+    kept, scale = batch.kept and [part[sets] for part in batch.kept], 1 / (1 - config.model.drop_path)
+    tokens = student.backbone.forward_packed(crops, masks, torch.cat([*rows.values()]), kept, scale)
+    tokens = dict(zip(rows, tokens.split([len(part) for part in rows.values()]), strict=True))
+    losses = {} if alone else _assigned_losses(student, tokens, batch, targets, loss)
+    if batch.seen is not None:
+        losses |= _second_losses(student.projector, tokens, batch, targets)
+    weights = {"dino": loss.dino_weight, "ibot": loss.ibot_weight, "koleo": loss.koleo_weight}
+    weights |= {"dense": loss.dense_weight, "second_class": distill.class_weight, "second_patch": distill.patch_weight}
+    return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
+
+
+def _assigned_losses(
+    student: Networks, tokens: dict[str, Tensor], batch: Batch, targets: Targets, loss: LossConfig
+) -> dict[str, Tensor]:
+    """The losses that read the teacher's assignments, and KoLeo, of tokens (rows, dim) by their role."""
+    whole, local, maps = tokens["whole"], tokens["local"], len(tokens["whole"]) // 2
+    locals_ = len(local) // maps
     classes = torch.cat([whole, local])  # ((2 + local crops) * maps, dim)
     first, second = targets.classes.chunk(2)
     wanted = torch.cat([second, first, first + second])  # (3 * maps, K): for crop 1, for crop 2, for a local crop
     index = torch.arange(2 * maps, device=classes.device)
     index = torch.cat([index, (2 * maps + torch.arange(maps, device=classes.device)).repeat(locals_)])
     weights = torch.full((len(classes),), 1 / (maps * (2 + 2 * locals_)), device=classes.device)
-    vary(classes, hidden)
+    vary(classes, tokens["hidden"])
     head, features = student.dino_head, _project(student.dino_head, classes)
     dino = prototype_cross_entropy(features, head.prototypes(), wanted, index, weights, loss.student_temperature)
     head = student.ibot_head
-    ibot = prototype_cross_entropy(
-        _project(head, hidden),
-        head.prototypes(),
-        targets.patches,
-        None,
-        batch.mask_weights,
-        loss.student_temperature,
-    )
-    spread = sum(koleo(part) for part in whole.chunk(2))
-    total = loss.dino_weight * dino + loss.ibot_weight * ibot + loss.koleo_weight * spread
-    return {"loss": total, "dino": dino, "ibot": ibot, "koleo": spread}
+    losses = {"dino": dino}
+    for name, role, assigned, weights in (
+        ("ibot", "hidden", targets.patches, batch.mask_weights),
+        ("dense", "paired", targets.paired, batch.pair_weights),
+    ):
+        if role in tokens:
+            vary(tokens[role])
+            features = _project(head, tokens[role])
+            losses[name] = prototype_cross_entropy(
+                features, head.prototypes(), assigned, None, weights, loss.student_temperature
+            )
+    losses["koleo"] = sum(koleo(part) for part in whole.chunk(2))
+    return losses
+
+
+def _second_losses(projector: Projector, tokens: dict[str, Tensor], batch: Batch, targets: Targets) -> dict:
+    """The losses that read the second teacher's features; a crop without a valid pixel pays nothing."""
+    counts, crops = batch.seen.sum(1), len(batch.seen)
+    weights = (1 / counts.clamp_min(1))[:, None].expand_as(batch.seen)[batch.seen] / crops
+    vary(tokens["seen"])
+    projected = projector.classes(tokens["whole"]), projector.patches(tokens["seen"])
+    return {
+        "second_class": cosine_distance(projected[0], targets.second_classes, (counts > 0) / crops),
+        "second_patch": cosine_distance(projected[1], targets.second_patches, weights),
+    }
 
 
 class Student(nn.Module):

@@ -2,29 +2,33 @@
 
 import contextlib
 import logging
-import signal
-import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_depth import distributed
 from dino_depth.compiled import compiling, probe_compiler
 from dino_depth.config import PretrainConfig
-from dino_depth.device import autocast, has_bfloat16_units, pick_device, reuse_memory
+from dino_depth.device import autocast, gpu_figures, has_bfloat16_units, pick_device, reuse_memory
 from dino_depth.errors import ConfigError, Interrupted, ReportedError
 from dino_depth.pretrain import checkpoint
 from dino_depth.pretrain.crops import check_crops
-from dino_depth.pretrain.health import CollapseGate, measure
+from dino_depth.pretrain.distill import check_second_teacher
+from dino_depth.pretrain.health import measure
 from dino_depth.pretrain.in_loop import Evaluations, check_evaluation
 from dino_depth.pretrain.initialize import initialize
-from dino_depth.pretrain.loading import SIGNALS, make_loader, next_crops, order_of, place
-from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
-from dino_depth.pretrain.resident import ResidentMaps
+from dino_depth.pretrain.loading import make_loader, next_crops, open_maps, order_of, place
+from dino_depth.pretrain.maps import Maps
+from dino_depth.pretrain.optim import clip, schedule, set_rates
+from dino_depth.pretrain.overlap import Behind, ahead
 from dino_depth.pretrain.run_folder import RunFolder
 from dino_depth.pretrain.shards import DepthShards
+from dino_depth.pretrain.state import TrainingState
+from dino_depth.pretrain.stop import Stop
 from dino_depth.pretrain.student_teacher import Batch, Networks, Student, teacher_targets, update_teacher
 from dino_depth.progress import Progress, peak_memory
 from dino_depth.vit import probe_attention
@@ -32,26 +36,7 @@ from dino_depth.vit import probe_attention
 __all__ = ["check_settings", "pretrain"]
 
 BAD_STEPS = 3  # steps without a finite loss, in a row, that end a run
-PARTS = ("backbone", "dino_head", "ibot_head")
 SCHEDULED = ("lr", "weight_decay", "momentum", "teacher_temperature")
-
-
-class _Stop:
-    """Remembers that one of ``SIGNALS`` came, so that the loop can stop between two steps."""
-
-    def __enter__(self):
-        self.asked, self.name, self._before = False, "another rank", {}
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def _ask(self, number, frame):
-        self.asked, self.name = True, signal.Signals(number).name
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def check_settings(config: PretrainConfig, ranks: int, shards: DepthShards | None = None):
@@ -73,6 +58,17 @@ def check_settings(config: PretrainConfig, ranks: int, shards: DepthShards | Non
         raise ConfigError("KoLeo needs at least 2 maps per pass and process: raise train.batch or lower accumulate")
     if shards and (count := order_of(shards, config).count) < train.batch:
         raise ConfigError(f"{config.data.shards}: {count} samples are too few for train.batch {train.batch}")
+    loss = config.loss
+    if not (0 < loss.mask_ratio[0] <= loss.mask_ratio[1] <= 1) or not 0 <= loss.mask_share <= 1:
+        found = f"{list(loss.mask_ratio)} and {loss.mask_share}"
+        raise ConfigError(f"loss.mask_ratio needs 0 < low <= high <= 1 and loss.mask_share 0 to 1, got {found}")
+    for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
+        if not getattr(loss, name) > 0:
+            raise ConfigError(f"loss.{name} must be above 0, got {getattr(loss, name)}")
+    for name in ("lr", "clip"):
+        if not getattr(config.optim, name) > 0:
+            raise ConfigError(f"optim.{name} must be above 0, got {getattr(config.optim, name)}")
+    check_second_teacher(config)
     check_crops(config.crops, config.model.patch_size)
     if shards:
         check_evaluation(config)
@@ -106,101 +102,134 @@ def pretrain(config: PretrainConfig):
         reuse_memory()
     log = logging.getLogger("dino_depth")
     log.handlers = [logging.NullHandler()]
-    distributed.start(device, config.train.timeout)
-    with contextlib.ExitStack() as closing:
+    with Stop(config.out) as stop, contextlib.ExitStack() as closing:
+        distributed.start(device, config.train.timeout)
         closing.callback(distributed.stop)
         try:
             with distributed.naming_the_cause():
-                _run(config, device, closing)
+                _run(config, device, stop, closing)
         except Exception as error:
             log.error("%s", error)
             raise
 
 
-def _run(config: PretrainConfig, device: torch.device, closing: contextlib.ExitStack):
+def _run(config: PretrainConfig, device: torch.device, stop: Stop, closing: contextlib.ExitStack):
     shards = DepthShards.configured(config.data)
     check_settings(config, distributed.world_size(), shards)
     _check_attention(config, device)
-    torch.manual_seed(config.train.seed)
-    student = Networks(config).to(device)
-    teacher = Networks(config).to(device).requires_grad_(False)
+    state = TrainingState.begin(config, device)
     if config.init_from and not checkpoint.checkpoints(Path(config.out)):
-        initialize(student, config.init_from)
-    teacher.load_state_dict(student.state_dict())
-    optimizer = build_optimizer(student, config)
-    gate = CollapseGate(config.health, config.train.steps)
+        initialize(state.student, config.init_from)
+        state.teacher.load_state_dict(state.student.state_dict())
     run = closing.enter_context(contextlib.closing(RunFolder(config, shards)))
-    first, bad = 0, 0
-    if found := checkpoint.checkpoints(run.path):
-        state = checkpoint.load(found[-1])
-        student.load_state_dict(state["student"])
-        teacher.load_state_dict(state["teacher"])
-        optimizer.load_state_dict(state["optimizer"])
-        gate.restore(state["gate"])
-        first, bad = state["step"], state["bad"]
-    distributed.require_equal("the step they start from", first)
-    distributed.require_equal_weights({"student": student, "teacher": teacher}, first)
-    resident = ResidentMaps(shards, config.data, device) if config.data.on_device else None
-    if config.data.resident and resident is None:
-        shards.make_resident()
-    run.open_metrics(first)
+    if found := checkpoint.newest(run.path):
+        state.restore(found[1])
+    distributed.require_equal("the step they start from", state.step)
+    distributed.require_equal_weights(state.networks, state.step)
+    maps = open_maps(shards, config.data, device)
+    run.open_metrics(state.step)
+    _say_how_it_begins(config, device, state.step, run)
+    evaluations = closing.enter_context(Evaluations(config, run))
+    with compiling(config.train.compile), _batches(maps, config, state.step, device) as batches:
+        stop.steps = True
+        _loop(config, device, batches, state, run, evaluations, stop)
+    evaluations.finish(stop)
+
+
+def _say_how_it_begins(config: PretrainConfig, device: torch.device, first: int, run: RunFolder):
+    for name, steps in (
+        ("optim.warmup", config.optim.warmup),
+        ("loss.teacher_temperature_warmup", config.loss.teacher_temperature_warmup),
+        ("optim.freeze_last_layer", config.optim.freeze_last_layer),
+    ):
+        if steps > config.train.steps // 2:
+            run.log.warning(
+                "%s is %d of train.steps %d: it was meant for a longer run", name, steps, config.train.steps
+            )
     products = "bfloat16" if config.train.precision == "bf16" and has_bfloat16_units(device) else "float32"
     begun, ranks = "resumed" if first else "started", distributed.world_size()
     where = f"{ranks} x {device.type}" if ranks > 1 else device
     run.log.info("%s at step %d of %d on %s, %s products", begun, first, config.train.steps, where, products)
-    with compiling(config.train.compile), _Stop() as stop, Evaluations(config, run) as evaluations:
-        _loop(config, device, shards, resident, student, teacher, optimizer, gate, run, evaluations, first, bad, stop)
-        evaluations.finish(stop)
 
 
 @contextlib.contextmanager
-def _loading(shards: DepthShards, config: PretrainConfig, first_step: int, device: torch.device, resident):
-    loader = make_loader(shards, config, first_step, device, resident and resident.validity)
+def _batches(maps: Maps, config: PretrainConfig, first_step: int, device: torch.device):
+    """An iterator over the batches of every pass of every step."""
+    loader = make_loader(maps, config, first_step, device)
+
+    def made():
+        for step in range(first_step, config.train.steps):
+            for turn in range(config.train.accumulate):
+                *crops, partners, shown = next_crops(loader, config, step, maps)
+                yield Batch.make(*crops, device, config, step, place(config, turn), partners, shown)
+
     try:
-        yield loader
+        yield ahead(made(), device)
     finally:
         # An error's traceback would keep the iterator alive, and with it the worker processes.
         getattr(loader, "_shutdown_workers", lambda: None)()
 
 
-def _loop(config, device, shards, resident, student, teacher, optimizer, gate, run, evaluations, first, bad, stop):
-    train, passes, ranks = config.train, config.train.accumulate, distributed.world_size()
-    since, since_step, seconds_waiting = time.perf_counter(), first, 0.0
-    progress = Progress("pretrain", train.steps, "steps", first) if run.writes else contextlib.nullcontext()
+def _save(state: TrainingState, run: RunFolder, keep: int):
+    distributed.note(state.step, "writing a checkpoint")
+    distributed.require_equal_weights(state.networks, state.step)
+    if run.writes:
+        checkpoint.save(state.saved(), checkpoint.checkpoint_path(run.path, state.step))
+        checkpoint.prune(run.path, keep)
+        run.log.info("checkpoint after step %d", state.step)
+    distributed.barrier()  # a rank that ended now could take the one that writes with it
 
-    networks = {"student": student, "teacher": teacher}
-    paying = Student(student, config)
+
+def _judge(state: TrainingState, run: RunFolder, step: int, failed: float, loss: float, norms: list[float]):
+    """Counts steps without a finite loss.
+
+    Raises:
+        ReportedError: there were ``BAD_STEPS`` in a row.
+    """
+    if not failed:
+        state.bad = 0
+        return
+    state.bad += 1
+    run.log.warning("step %d skipped: loss %s, gradient norms %s", step, loss, norms)
+    if state.bad == BAD_STEPS:
+        good = checkpoint.checkpoints(run.path)
+        where = good[-1] if good else "none yet"
+        raise ReportedError(f"step {step}: loss not finite {state.bad} times in a row; last good checkpoint: {where}")
+
+
+def _loop(
+    config: PretrainConfig,
+    device: torch.device,
+    batches: Iterator[Batch],
+    state: TrainingState,
+    run: RunFolder,
+    evaluations: Evaluations,
+    stop: Stop,
+):
+    train, passes, ranks = config.train, config.train.accumulate, distributed.world_size()
+    student, teacher, optimizer = state.student, state.teacher, state.optimizer
+    since, since_step, seconds_waiting = time.perf_counter(), state.step, 0.0
+    progress = Progress("pretrain", train.steps, "steps", state.step) if run.writes else contextlib.nullcontext()
+    paying, behind = Student(student, config), Behind(device)
     if ranks > 1:
         paying = DistributedDataParallel(paying, gradient_as_bucket_view=True)
 
-    def save(done: int):
-        distributed.note(done, "writing a checkpoint")
-        distributed.require_equal_weights(networks, done)
-        if run.writes:
-            state = {"step": done, "bad": bad, "gate": gate.state(), "optimizer": optimizer.state_dict()}
-            state |= {name: part.state_dict() for name, part in networks.items()}
-            checkpoint.save(state, checkpoint.checkpoint_path(run.path, done))
-            checkpoint.prune(run.path, train.keep)
-            run.log.info("checkpoint after step %d", done)
-        distributed.barrier()  # a rank that ended now could take the one that writes with it
-
-    evaluations.update(first, teacher)
-    with progress, _loading(shards, config, first, device, resident) as loader:
-        for step in range(first, train.steps):
+    evaluations.update(state.step, teacher)
+    with progress:
+        for step in range(state.step, train.steps):
             now = schedule(config, step)
             set_rates(optimizer, now)
             sums = {}
             for turn in range(passes):
                 distributed.note(step, "reading maps")
-                waiting = time.perf_counter()
-                crops = next_crops(loader, config, step, resident)
-                batch = Batch.make(*crops, device, config, step, place(config, turn))
-                seconds_waiting += time.perf_counter() - waiting
+                moment = time.perf_counter()
+                batch = next(batches)
+                seconds_waiting += behind.idle_since(moment)
                 distributed.note(step, "computing")
                 with contextlib.nullcontext() if ranks == 1 or turn == passes - 1 else paying.no_sync():
                     with autocast(device, train.precision):
                         temperature, iterations = now.teacher_temperature, config.loss.sinkhorn_iterations
-                        targets = teacher_targets(teacher, batch, temperature, iterations)
+                        targets = teacher_targets(teacher, batch, temperature, iterations, state.second)
                         losses = paying(batch, targets)
                     (losses["loss"] / passes).backward()
                 for name, value in losses.items():
@@ -208,45 +237,54 @@ def _loop(config, device, shards, resident, student, teacher, optimizer, gate, r
             norms = clip(student, config.optim.clip)
             finite = torch.isfinite(sums["loss"]) & torch.isfinite(norms).all()
             # Ranks agree, in one reduction, whether a step counts and whether to stop.
-            flags = torch.stack([~finite, finite.new_tensor(stop.asked)]).int()
-            failed, stopping = distributed.read(distributed.all_sum(flags))
-            if failed:
-                bad += 1
-                run.log.warning("step %d skipped: loss %s, gradient norms %s", step, sums["loss"], norms.tolist())
-            else:
-                bad = 0
-                optimizer.step()
-                update_teacher(teacher, student, now.momentum)
+            asked = torch.full((), float(stop.asked), device=device)
+            flags = distributed.all_sum(torch.stack([(~finite).float(), asked]))
+            # Whether to move is decided where the weights are: without a finite loss the student stays as it is.
+            optimizer.found_inf = flags[0].clamp(max=1)
+            optimizer.step()
+            update_teacher(teacher, student, now.momentum)
             optimizer.zero_grad()
-            done = step + 1
-            if bad == BAD_STEPS:
-                good = checkpoint.checkpoints(run.path)
-                where = good[-1] if good else "none yet"
-                raise ReportedError(f"step {step}: loss not finite {bad} times in a row; last good checkpoint: {where}")
-            health = measure(targets) if done % config.health.every == 0 and not failed else {}
-            if done % train.log_every == 0 or health or done == train.steps:
+            behind.put(step, torch.cat([flags, sums["loss"][None], norms]))
+            state.step = done = step + 1
+
+            # From here on the host waits for the device, but not after a plain step.
+            health_due = done % config.health.every == 0 and targets.classes is not None
+            logged, kept = done % train.log_every == 0 or health_due, done % train.checkpoint_every == 0
+            rows = behind.take(logged or kept or done == train.steps)
+            stopping = stop.asked if ranks == 1 else any(row[1] for _, row in rows)
+            rows += behind.take(True) if stopping else []
+            for number, (failed, _, loss, *parts) in rows:
+                _judge(state, run, number, failed, loss, parts)
+            health = measure(targets, done // config.health.every % 10 == 1) if health_due and not state.bad else {}
+            if logged or done == train.steps:
                 elapsed = time.perf_counter() - since
-                means = distributed.all_sum(torch.stack([*sums.values()])).div_(ranks).tolist()
-                slowest = float(distributed.all_max(torch.tensor(seconds_waiting, device=device)))
-                figures = {
-                    "loss" if name == "loss" else f"loss/{name}": mean for name, mean in zip(sums, means, strict=True)
-                }
+                figures = _figures(sums, norms, student, torch.full((), seconds_waiting, device=device))
+                figures["speed/data_wait"] /= elapsed
                 figures |= {f"schedule/{name}": float(getattr(now, name)) for name in SCHEDULED}
-                figures |= {f"gradient/{name}": float(norm) for name, norm in zip(PARTS, norms, strict=True)}
                 figures |= {f"health/{name}": value for name, value in health.items()}
                 figures |= {"speed/maps_per_second": (done - since_step) * train.batch / elapsed}
-                figures |= {"speed/data_wait": slowest / elapsed}
                 figures |= {"speed/peak_memory_gib": peak_memory() / 2**30}
+                figures |= {f"speed/{name}": value for name, value in gpu_figures(device).items()}
                 run.write_metrics(done, figures)
                 since, since_step, seconds_waiting = time.perf_counter(), done, 0.0
             if health:
-                gate.check(health, done)
+                state.gate.check(health, done)
             stopping = stopping and done < train.steps
             # While losses are not finite, older checkpoints are the better ones to keep.
-            if (done % train.checkpoint_every == 0 and not bad) or done == train.steps or stopping:
-                save(done)
+            if (kept and not state.bad) or done == train.steps or stopping:
+                _save(state, run, train.keep)
             evaluations.update(done, teacher)
             if run.writes:
-                progress.advance(1, f"loss {float(sums['loss']):.3f}")
+                progress.advance(1, f"loss {rows[-1][1][2]:.3f}" if rows else "")
             if stopping:
                 raise Interrupted(f"{run.path}: stopped after step {done} by {stop.name}; continue with --resume")
+
+
+def _figures(sums: dict[str, Tensor], norms: Tensor, student: Networks, waited: Tensor) -> dict[str, float]:
+    """Losses of all ranks, gradient norms, and the seconds that the slowest rank waited for data, read at once."""
+    ranks = distributed.world_size()
+    means = distributed.all_sum(torch.stack([*sums.values()])).div_(ranks)
+    names = ["loss" if name == "loss" else f"loss/{name}" for name in sums]
+    names += [f"gradient/{name}" for name, _ in student.named_children()] + ["speed/data_wait"]
+    values = torch.cat([means, norms, distributed.all_max(waited)[None]])
+    return dict(zip(names, values.tolist(), strict=True))

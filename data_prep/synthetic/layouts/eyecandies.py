@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_prep.synthetic.plan import Counts, Sample, generator
 from data_prep.synthetic.render import Camera, shade
-from data_prep.synthetic.shots import Counts, Sample, Setup, Shot, generator, shoot
+from data_prep.synthetic.shots import Setup, Shot, shoot
 
 __all__ = ["archives", "prepare", "samples", "write"]
 
 NAME = Path(__file__).stem
+ARCHIVES_ARE_TARS = True  # though they are called .zip, as the published ones are
 FOCAL_PER_SIZE = 711.11 / 512
 # Under this wide camera parts of 3 to 12 cm are close.
 SETUP = Setup(distances=(0.08, 0.18), tilts=(20, 50), wall=True)

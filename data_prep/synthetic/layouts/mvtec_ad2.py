@@ -13,8 +13,9 @@ import numpy as np
 from numpy.random import Generator
 
 from data_prep.synthetic.photograph import KINDS, Light, draw_light, draw_surface, photograph, save
+from data_prep.synthetic.plan import Counts, Sample, generator
 from data_prep.synthetic.render import Camera
-from data_prep.synthetic.shots import Counts, Sample, Setup, generator, shoot
+from data_prep.synthetic.shots import Setup, shoot
 
 __all__ = ["archives", "prepare", "samples", "write"]
 

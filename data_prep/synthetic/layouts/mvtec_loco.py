@@ -12,8 +12,9 @@ from pathlib import Path
 
 from data_prep.synthetic.parts import CATEGORIES
 from data_prep.synthetic.photograph import KINDS, draw_light, draw_surface, photograph, save
+from data_prep.synthetic.plan import Counts, Sample, generator
 from data_prep.synthetic.render import Camera
-from data_prep.synthetic.shots import Counts, Sample, Setup, generator, shoot
+from data_prep.synthetic.shots import Setup, shoot
 
 __all__ = ["archives", "prepare", "samples", "write"]
 

@@ -20,8 +20,9 @@ from PIL import Image
 
 from data_prep.synthetic.defects import DEFECTS
 from data_prep.synthetic.parts import CATEGORIES
+from data_prep.synthetic.plan import Counts, Sample, generator
 from data_prep.synthetic.render import Camera, sense, shade
-from data_prep.synthetic.shots import Counts, Sample, Setup, Shot, generator, shoot
+from data_prep.synthetic.shots import Setup, Shot, shoot
 
 __all__ = ["archives", "finish", "prepare", "samples", "write"]
 

@@ -25,21 +25,20 @@ What is not publicly known is a choice here:
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from data_prep.synthetic.nuisances import PRESETS, Difficulty, disturb, measure, photograph
 from data_prep.synthetic.parts import CATEGORIES
 from data_prep.synthetic.photograph import save
-from data_prep.synthetic.shots import Counts, Sample, generator
+from data_prep.synthetic.plan import Counts, Sample, Sim3dOptions, generator
 from data_prep.synthetic.specimen import Instance, Specimen, damaged_instance, sound_instance, specimen
 from data_prep.synthetic.surface_defects import DEPTH
 from dino_depth.errors import ConfigError
 
-__all__ = ["CHUNK", "DEFAULTS", "Sim3dOptions", "finish", "objects", "prepare", "samples", "write"]
+__all__ = ["CHUNK", "DEFAULTS", "finish", "objects", "prepare", "samples", "write"]
 
 NAME = Path(__file__).stem
 CHUNK = 2  # samples in one task of a worker: one takes as long as a dozen of other layouts
@@ -48,29 +47,6 @@ KINDS = ("dent", "scratch", "missing", "stain", "bump", "stained_dent")
 MESHES = (".glb", ".obj", ".off", ".ply", ".stl")
 NOTHING = np.float32(1e10)  # depth of the background in an EXR file, as Blender writes it
 PLACES = {category: place for place, category in enumerate(CATEGORIES)}
-
-
-@dataclass
-class Sim3dOptions:
-    """What only the layout sim3d needs. The size of an image is its width.
-
-    Attributes:
-        difficulty: how much recordings differ and how large defects are; see data_prep/synthetic/nuisances.py.
-        views: views of each instance.
-        rings: rings of cameras from low to high that share the views.
-        height: height of an image, pixels; as wide as high if not given.
-        voxel: edge of a ground-truth voxel, metres; below the distance of neighbouring pixels on the surface (3.7 mm
-            at 224 pixels) no view can reach all of them.
-        mesh: a file with an object (STL, PLY, OBJ, OFF or GLB, any unit, z up), or a list of them; the name of the
-            file is the category's. Without ``categories`` there are no others.
-    """
-
-    difficulty: Literal["clean", "mild", "hard"] = "mild"
-    views: int = 12
-    rings: int = 1
-    height: int | None = None
-    voxel: float = 0.006
-    mesh: str | list[str] | None = None
 
 
 def objects(options: Sim3dOptions) -> list[str]:

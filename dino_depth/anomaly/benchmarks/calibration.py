@@ -30,8 +30,8 @@ from dino_depth.depth import DepthMap
 from dino_depth.errors import DataError
 
 __all__ = [
-    "CalibrationOptions", "Thinned", "check_overlap", "check_truth", "overlap", "read_cameras", "rival_settings",
-    "thin",
+    "CalibrationOptions", "Thinned", "cameras_of", "check_overlap", "check_truth", "overlap", "read_cameras",
+    "rival_settings", "thin",
 ]  # fmt: skip
 
 JSON = "calibration.json"
@@ -97,6 +97,18 @@ def _text(path: Path) -> str:
 def _read_json(path: Path, options: CalibrationOptions) -> list[tuple[str | None, Camera]]:
     try:
         rows = json.loads(_text(path))["cameras"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"not a calibration: {type(error).__name__} {error}") from error
+    return cameras_of(rows, options)
+
+
+def cameras_of(rows: Any, options: CalibrationOptions) -> list[tuple[str, Camera]]:
+    """The cameras of the list in calibration.json, with the views they belong to.
+
+    Raises:
+        DataError: a key or a number is missing or impossible.
+    """
+    try:
         read = [
             (str(row["name"]), int(row["height"]), int(row["width"]), _numbers(row["matrix"], 9).reshape(3, 3),
              tuple(_numbers(row.get("distortion", []))), _numbers(row["camera_to_world"], 16).reshape(4, 4))

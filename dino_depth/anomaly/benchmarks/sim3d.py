@@ -16,12 +16,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from logging import getLogger
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
 from data_prep.archives import RawFile, hidden
+from data_prep.tree import refuse_links_out
 from dino_depth.anomaly.benchmarks.calibration import (
     CalibrationOptions,
     Thinned,
@@ -40,6 +42,7 @@ from dino_depth.errors import DataError
 __all__ = ["Sim3dOptions", "open_benchmark"]
 
 TRAINING = {"real2real": "real", "synth2real": "synth"}
+log = getLogger("dino_depth")
 
 
 @dataclass
@@ -86,10 +89,12 @@ def open_benchmark(root: str, options: Sim3dOptions) -> Benchmark:
     """SiM3D below a folder.
 
     Raises:
-        DataError: no folder in ``root`` is a class, which holds ``<class>_real`` or ``<class>_synth``.
+        DataError: no folder in ``root`` is a class, which holds ``<class>_real`` or ``<class>_synth``, or a link leads
+            out of ``root``.
     """
     if not Path(root).is_dir():
         raise DataError(f"root {root} is not a folder")
+    refuse_links_out(root)
     classes = [
         folder.name
         for folder in _folders(Path(root))
@@ -266,10 +271,13 @@ def _check_class(root: Path, options: Sim3dOptions, category: str) -> dict[str, 
     tested = [sample for sample in samples if sample.split == "test" and sample.name != f"{category}_real"]
     labels = {sample.label for sample in tested}
     if len(labels) < 2:
-        raise DataError(
-            f"{root / category}: all {len(tested)} tested instances are {labels.pop()}: sim3d.anomalous "
+        said = (
+            f"{root / category}: all {len(tested)} tested instances are {min(labels)}: sim3d.anomalous "
             f"{options.anomalous!r} marks the names of anomalous ones, such as {tested[0].name}"
         )
+        if labels == {"anomalous"}:
+            raise DataError(said)
+        log.warning("%s", said)
     _, (real, *_) = _instances(root, options, category)
     rivals = list(_rivals(root, options, category, real))
     found = {}
@@ -279,8 +287,8 @@ def _check_class(root: Path, options: Sim3dOptions, category: str) -> dict[str, 
         place = str(root / category / sample.name)
         if len(sample.views) > 1:
             found[f"overlap_{sample.split}"] = named(place, check_overlap, thinned, cameras, rivals)
-    anomalous = next(sample for sample in tested if sample.label == "anomalous")
-    truth = anomalous.read_truth()
+    anomalous = next((sample for sample in tested if sample.label == "anomalous"), None)
+    truth = None if anomalous is None else anomalous.read_truth()
     if truth is not None and truth.kind != "masks":
         surface = [_thin_view(anomalous, view) for view in anomalous.views]
         points = truth.points if truth.voxels is None else truth.voxels.centers

@@ -1,15 +1,17 @@
 """One view of SiM3D: its depth map in metres and its grey image.
 
-In .npy files +inf and 0 are missing. In .exr files the first channel counts; the largest value is the background where
-a plateau of it reaches the border of the map, and what is not positive is missing. The unit is not written anywhere,
-but an object before a camera is neither 20 m nor 50 mm away, so metres and millimetres cannot be mistaken.
+In .npy files +inf and 0 are missing. In .exr files the channel that means depth counts, or the first of R, G and B;
+the largest value is the background where a plateau of it reaches the border of the map, and what is not positive is
+missing. The unit is not written anywhere, but an object before a camera is neither 20 m nor 50 mm away, so metres and
+millimetres cannot be mistaken.
 """
 
 import numpy as np
 from PIL import Image
 
 from data_prep.archives import RawFile
-from data_prep.formats import decode_exr, decode_image, decode_npy
+from data_prep.exr import decode_exr
+from data_prep.formats import decode_image, decode_npy
 from dino_depth.anomaly.dataset import named
 from dino_depth.depth import DepthMap
 from dino_depth.errors import DataError
@@ -56,8 +58,7 @@ def _npy_depth(file: RawFile, unit: str, key: str) -> DepthMap:
 
 
 def _exr_depth(file: RawFile, unit: str, key: str) -> DepthMap:
-    values = decode_exr(file.read())
-    values = values if values.ndim == 2 else values[..., 0]
+    values = decode_exr(file.read(), channel=0)
     if np.isnan(values).any():
         raise DataError(f"{np.count_nonzero(np.isnan(values))} values are NaN")
     far = values == values.max()
@@ -75,4 +76,7 @@ def _metric(values: np.ndarray, valid: np.ndarray, unit: str, key: str) -> Depth
         raise DataError(f"a median depth of {median:g} is no object before a camera, in m nor in mm ({key} {unit})")
     if unit not in ("auto", fitting):
         raise DataError(f"a median depth of {median:g} {unit} is implausible: {key} {fitting} fits, or auto")
-    return DepthMap(np.where(valid, values, 0).astype(np.float64) * SCALES[fitting], valid)
+    # In double precision, whatever the file has, and only what was measured: maps have twelve million pixels.
+    depth = np.zeros(values.shape, np.float32)
+    depth[valid] = values[valid].astype(np.float64) * SCALES[fitting]
+    return DepthMap(depth, valid)

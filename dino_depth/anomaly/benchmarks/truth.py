@@ -5,7 +5,9 @@ The format of SiM3D's ground truth is unknown; these are looked for in the folde
     gt.npz     origin (3,), voxel_size (), and either volume (x, y, z), not 0 where anomalous, or sparse voxels:
                shape (3,), index (n, 3) and, optionally, component (n,)
     gt.npy     volume (x, y, z), with origin and voxel_size in gt.json
-    gt.ply     points, anomalous where the property ``label`` (or CloudCompare's ``scalar_label``) is above 0
+    gt.ply     points, anomalous where the property ``label`` (or CloudCompare's ``scalar_label``) is above 0; without
+               one, where the vertex colours red, green and blue are brighter than 1 of 255, as in what was shown of
+               SiM3D before its release
     mask/      <stem of a view>.png, not 0 where anomalous; a view without a file shows nothing anomalous
 
 Origin is the corner of voxel (0, 0, 0) in world coordinates. Several distinct values of a volume, a component or a
@@ -13,6 +15,7 @@ label tell defects apart; of a single one, connected parts are defects.
 """
 
 import json
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.archives import RawFile
+from data_prep.archives import RawFile, hidden
 from data_prep.formats import decode_image, decoder
 from dino_depth.anomaly.dataset import Truth, Voxels, named
 from dino_depth.errors import DataError
@@ -28,6 +31,10 @@ from dino_depth.errors import DataError
 __all__ = ["TruthOptions", "decode_ply", "read_truth"]
 
 LARGEST = 2**31  # bytes of a volume
+LONGEST_HEADER = 2**16
+COLOUR = "colour"
+BLACK = 1  # of 255
+TEXTURED = 0.5  # share of the vertices
 TYPES = {
     "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
     "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
@@ -42,7 +49,7 @@ class TruthOptions:
     Attributes:
         kind: the form to read; ``auto`` is the first that an instance has.
         unit: of the origin and size of voxels, and of points.
-        label: the property of labelled points.
+        label: the property of labelled points; ``colour``: their vertex colours.
     """
 
     kind: Literal["auto", "voxels", "points", "masks"] = "auto"
@@ -150,15 +157,35 @@ def _load(path: Path):
 def _read_points(path: Path, options: TruthOptions) -> Truth:
     vertices = decode_ply(RawFile(str(path.parent), path.name).read())
     names = vertices.dtype.names
-    label = next((name for name in (options.label, f"scalar_{options.label}") if name in names), None)
-    if label is None or not {"x", "y", "z"} <= set(names):
-        raise DataError(f"properties {', '.join(names)}: expected x, y, z and {options.label} (truth.label)")
-    anomalous = vertices[vertices[label] > 0]
-    points = np.stack([anomalous[axis].astype(np.float64) for axis in "xyz"], 1)
+    value = _labels(vertices, options.label)
+    if value is None or not {"x", "y", "z"} <= set(names):
+        raise DataError(
+            f"properties {', '.join(names)}: expected x, y, z and {options.label} (truth.label), or colours"
+        )
+    chosen = value > 0
+    points = np.stack([vertices[axis][chosen].astype(np.float64) for axis in "xyz"], 1)
     if not np.isfinite(points).all():
         raise DataError("holds points that are not finite")
     points = points * (0.001 if options.unit == "mm" else 1.0)
-    return Truth("points", points=points, component=_components(anomalous[label]))
+    return Truth("points", points=points, component=_components(value[chosen]))
+
+
+def _labels(vertices: np.ndarray, label: str) -> np.ndarray | None:
+    """(n,) above 0 where a vertex is anomalous: its label, else 1 where it is coloured; None without either.
+
+    Raises:
+        DataError: most vertices have a colour, as those of a textured mesh.
+    """
+    names = vertices.dtype.names
+    if found := next((name for name in (label, f"scalar_{label}") if name in names), None):
+        return vertices[found]
+    if label not in ("label", COLOUR) or not {"red", "green", "blue"} <= set(names):
+        return None
+    # Shades at the rim of a painted area are no further defects, so the colours themselves tell none apart.
+    coloured = np.max([vertices[name] for name in ("red", "green", "blue")], 0) > BLACK
+    if coloured.mean() > TEXTURED:
+        raise DataError(f"{coloured.mean():.0%} of its vertices have a colour, so it marks no defect: a texture?")
+    return coloured.astype(np.int32)
 
 
 @decoder("PLY")
@@ -168,10 +195,12 @@ def decode_ply(content: bytes) -> np.ndarray:
     Raises:
         DataError: not a complete PLY file whose first element is its vertices.
     """
-    start = content.find(b"end_header\n") + len(b"end_header\n")
-    lines = [line.split() for line in content[:start].decode("ascii").replace("\r", "").splitlines()]
-    if lines[:1] != [["ply"]] or start < len(b"end_header\n"):
+    # Lines end in LF, CR LF or CR; the header says which, and binary vertices start right behind its last one.
+    end = re.match(rb"ply[ \t]*(\r\n|\n|\r)(?:.*?(?:\r\n|\n|\r))?end_header[ \t]*\1", content[:LONGEST_HEADER], re.S)
+    if end is None:
         raise DataError("not a PLY file")
+    start, line_end = end.end(), end[1]
+    lines = [line.split() for line in content[:start].decode("ascii").splitlines() if line]
     encoding = next(line[1] for line in lines if line[0] == "format")
     places = [place for place, line in enumerate(lines) if line[0] == "element"] + [len(lines)]
     name, count = lines[places[0]][1], int(lines[places[0]][2])
@@ -182,7 +211,7 @@ def decode_ply(content: bytes) -> np.ndarray:
     vertex = np.dtype([(name, order + TYPES[kind]) for kind, name in properties])
     if encoding != "ascii":
         return np.frombuffer(content, vertex, count, start)
-    rows = content[start:].split(b"\n", count)[:count]
+    rows = content[start:].split(line_end, count)[:count]
     if len(rows) < count:
         raise DataError(f"cut short: {len(rows)} of {count} vertices")
     values = np.array([row.split() for row in rows], np.float64).reshape(count, len(properties))
@@ -193,7 +222,7 @@ def decode_ply(content: bytes) -> np.ndarray:
 
 
 def _read_masks(path: Path, stems: tuple[str, ...]) -> Truth:
-    files = {file.stem: file for file in path.iterdir() if file.suffix.lower() == ".png"}
+    files = {file.stem: file for file in path.iterdir() if file.suffix.lower() == ".png" and not hidden(file.name)}
     foreign = sorted(set(files) - set(stems))
     if foreign:
         raise DataError(f"{files[foreign[0]]}: no view has this name")
