@@ -214,6 +214,9 @@ def rehearsing(values: bool = False) -> Iterator[Rehearsal]:
     def numpy(values: FakeTensor, **_):
         raise TypeError("a tensor of the GPU is no array")
 
+    # Which functions a device is set for, torch lists once: of its own, not of those below.
+    with torch.device("cpu"):
+        torch.empty(0)
     with pytest.MonkeyPatch.context() as patch:
         # A module's weights become fake tensors.
         patch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
