@@ -39,7 +39,7 @@ from data_prep.formats import (
 )
 from data_prep.item import FolderItems, Item, unexpected_layout
 from data_prep.pcd import decode_pcd
-from data_prep.plausibility import refuse_negative
+from data_prep.plausibility import refuse_marks, refuse_negative
 from data_prep.tree import RawTree
 from dino_depth.depth import DepthMap, grey_map
 from dino_depth.errors import ConfigError, DataError
@@ -200,6 +200,8 @@ def read(item: Item) -> DepthMap:
             raise DataError(f"{above} heights reach the camera: folder.offset {options.offset} is too small")
     if options.farthest:
         missing |= depth > options.farthest
+    if options.larger_is == "farther":
+        refuse_marks(values, "folder", missing)
     np.copyto(depth, 0, where=missing)
     return DepthMap.from_values(depth, options.kind)
 

@@ -206,7 +206,10 @@ def _nodata(values: np.ndarray, tag: tifffile.TiffTag | None) -> np.ndarray:
     """Where the values are the one that a GDAL tag names."""
     if tag is None:
         return np.zeros((), bool)
-    value = float(str(tag.value).strip("\0 "))
+    try:
+        value = float(str(tag.value).strip("\0 "))
+    except ValueError:
+        raise DataError(f"its GDAL tag for missing pixels holds {tag.value!r}, which is no number") from None
     if values.dtype.kind != "f":
         return values == value
     # The largest float32 is written with more or fewer digits than it has.

@@ -81,9 +81,7 @@ def read(item: Item) -> DepthMap:
         DataError: not a float (height, width, 3) tiff, a point behind the camera, no valid point, or a size that is
             neither its image's nor that of the image padded to a square (which preprocessing does).
     """
-    # Channels apart, each in one piece: passes over interleaved ones are many times slower.
-    x, y, depth = np.ascontiguousarray(np.moveaxis(_points(item), -1, 0))
-    missing = (x == 0) & (y == 0) & (depth == 0) | ~(np.isfinite(x) & np.isfinite(y) & np.isfinite(depth))
+    depth, missing = _z(_points(item))
     behind = np.count_nonzero((depth <= 0) & ~missing)
     if behind:
         raise DataError(f"{behind} points have Z <= 0, behind the camera")
@@ -99,6 +97,13 @@ def _points(item: Item) -> np.ndarray:
     if points.ndim != 3 or points.shape[2] != 3 or points.dtype.kind != "f":
         raise DataError(f"expected float X, Y, Z (height, width, 3), got {points.shape} {points.dtype}")
     return points
+
+
+def _z(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Z of points (height, width, 3), and where they are (0, 0, 0) or not finite."""
+    # Channels apart, each in one piece: passes over interleaved ones are many times slower.
+    x, y, depth = np.ascontiguousarray(np.moveaxis(points, -1, 0))
+    return depth, (x == 0) & (y == 0) & (depth == 0) | ~(np.isfinite(x) & np.isfinite(y) & np.isfinite(depth))
 
 
 def _image_size(item: Item) -> tuple[int, int] | None:
@@ -133,7 +138,7 @@ def _preprocessing(members: list[Item]) -> str:
     borders = []
     for item in members:
         try:
-            valid = _points(item)[..., 2] != 0
+            valid = ~_z(_points(item))[1]
         except DataError:
             continue
         size = _image_size(item)

@@ -15,11 +15,13 @@ import numpy as np
 from dino_depth.depth import LAST_CODE, Coding, DepthMap, Kind, code_depth, coding_step
 from dino_depth.errors import ConfigError, DataError
 
-__all__ = ["PlausibilityConfig", "Summary", "check_limits", "implausible", "refuse_negative", "refuse_unless_plausible",
-           "summarise"]  # fmt: skip
+__all__ = ["PlausibilityConfig", "Summary", "check_limits", "implausible", "refuse_marks", "refuse_negative",
+           "refuse_unless_plausible", "summarise"]  # fmt: skip
 
 NEGATIVE = 0.05  # share of the values
 SAMPLE = 2**14  # pixels
+MARKS = (32767, 65504, 65535)  # the largest int16, float16 and uint16: in metres they may still seem to be depth
+MARKED = 0.001  # share of the values
 DIGITS = 1e-5  # relative to the median: differences below are rounding
 
 
@@ -38,7 +40,7 @@ class PlausibilityConfig:
         codes: fewest codes between the nearest and the median depth, where the file tells more depths apart there.
     """
 
-    median: tuple[float, float] = (0.001, 30.0)
+    median: tuple[float, float] = (0.01, 30.0)
     farthest: float = 1000.0
     valid: float = 0.001
     values: int = 4
@@ -223,4 +225,27 @@ def refuse_negative(values: np.ndarray, reader: str, missing: np.ndarray | None 
         raise DataError(
             f"{len(negative) / values.size:.0%} of the values are negative, {negative.min():g} to {negative.max():g}: "
             f"if larger is nearer, say {reader}.larger_is nearer (and {reader}.offset, where heights are meant)"
+        )
+
+
+def refuse_marks(values: np.ndarray, reader: str, missing: np.ndarray):
+    """Refuses (height, width) stored values many of which are the largest number of a 16-bit type, far from all others.
+
+    Args:
+        reader: whose settings the message names.
+        missing: (height, width) bool, values that do not count.
+
+    Raises:
+        DataError: names that value, the next, and the settings.
+    """
+    mark = float(values.max(where=~missing, initial=0))
+    if mark not in MARKS:
+        return
+    seen = values[~missing]
+    others = seen[(seen > 0) & (seen < mark)]
+    share = np.count_nonzero(seen == mark) / values.size
+    if share >= MARKED and len(others) and mark - float(others.max()) > float(others.max()) - float(others.min()):
+        raise DataError(
+            f"{share:.1%} of the values are {mark:g}, the next is {others.max():g}: it seems to mean that they are "
+            f"missing: name it in {reader}.missing, or give {reader}.farthest"
         )

@@ -236,6 +236,37 @@ def test_one_value_far_from_all_others_is_refused_at_either_end(tmp_path, value,
     stored(root, tmp_path / "told", PlausibilityConfig(apart=0, step=0, codes=0))
 
 
+@pytest.mark.parametrize(
+    "mark, dtype, options",
+    [(65535, np.uint16, {}), (65535, np.uint16, {"scale": 0.0002}), (32767, np.int16, {}),
+     (65504, np.float16, {"unit": "mm"}), (65535, np.float32, {"unit": "mm"})],
+)  # fmt: skip
+def test_the_largest_number_of_a_type_is_no_depth(tmp_path, mark, dtype, options):
+    """In metres it is near enough to pass every limit, where codes are fine or the scale is small."""
+    values = np.where(frame() > 0, frame() * 3000, mark).astype(dtype)
+    root = written(tmp_path / "raw" / "a.npy", values)
+    with pytest.raises(
+        DataError, match=f"12.5% of the values are {mark}, the next is 51\\d\\d: .*name it in folder.missing"
+    ):
+        stored(root, tmp_path / "refused", coding="inverse", **options)
+    for way, told in (("named", {"missing": [mark]}), ("farthest", {"farthest": 6.0})):
+        depth_map, _ = stored(root, tmp_path / way, **options, **told)
+        assert np.array_equal(depth_map.valid, frame() > 0)
+
+
+def test_a_depth_that_reaches_the_largest_number_is_depth(tmp_path):
+    values = np.linspace(0, 1, 120 * 160).reshape(120, 160) * 90000
+    root = written(tmp_path / "raw" / "a.npy", np.minimum(values, 65535).astype(np.uint16))
+    assert stored(root, tmp_path / "o", scale=0.0001)[0].depth.max() == pytest.approx(6.5535)
+
+
+def test_a_nodata_tag_that_is_no_number_is_named(tmp_path):
+    (tmp_path / "raw").mkdir()
+    tifffile.imwrite(tmp_path / "raw" / "a.tif", frame(), extratags=[(42113, "s", 0, "none", True)])
+    with pytest.raises(DataError, match="GDAL tag for missing pixels holds 'none', which is no number"):
+        read(tmp_path / "raw")
+
+
 def test_a_wall_behind_a_part_is_no_such_value(tmp_path):
     values = np.where(frame() > 0, frame(), 8.0).astype(np.float32)
     depth_map, _ = stored(written(tmp_path / "raw" / "a.npy", values), tmp_path / "o")
@@ -250,7 +281,7 @@ def test_millimetres_in_floats_are_refused_until_told(tmp_path, real):
     root = written(tmp_path / "raw" / "a.tif", frame() * 1000)
     root = case(tmp_path, "float32_millimetres.tif") if real else root
     with pytest.raises(
-        DataError, match=r"median depth \d+(\.\d)? m is outside plausible.median 0.001..30 m: folder.unit auto"
+        DataError, match=r"median depth \d+(\.\d)? m is outside plausible.median 0.01..30 m: folder.unit auto"
     ):
         stored(root, tmp_path / "refused")
     depth_map, _ = stored(root, tmp_path / "o", unit="mm")
@@ -282,7 +313,9 @@ def test_from_five_percent_of_negative_values_on_the_sign_is_in_doubt(share, ref
         refuse_negative(values, "folder")
 
 
-@pytest.mark.parametrize("near, far, unit", [(700.0, 2000.0, True), (1e-6, 2e-4, True), (0.7, 2000.0, False)])
+@pytest.mark.parametrize(
+    "near, far, unit", [(700.0, 2000.0, True), (1e-6, 2e-4, True), (0.003, 0.009, True), (0.7, 2000.0, False)]
+)
 def test_a_wrong_unit_is_told_before_what_follows_from_it(near, far, unit):
     """Millimetres read as metres are also too far and too coarse; one value far away alone says nothing of the unit."""
     values = np.linspace(near, far, 4096).reshape(64, 64)
@@ -350,7 +383,8 @@ def test_a_palette_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "values, reason",
     [((255, 255), "the same depth 0.255 m everywhere"), ((0, 65535), "the same depth 65.535 m"),
-     ((1, 2, 3), "only 3 distinct depths, 0.001..0.003 m, as masks")],
+     ((1, 2, 3), "median depth 0.002 m is outside"), ((10, 20, 30), "only 3 distinct depths, 0.01..0.03 m, as masks"),
+     (range(12), "median depth 0.006 m is outside")],
 )  # fmt: skip
 def test_masks_and_label_images_are_refused(tmp_path, values, reason):
     labels = np.array(values, np.uint16)[np.random.default_rng(0).integers(0, len(values), (40, 50))]
@@ -486,7 +520,7 @@ def test_published_readers_are_judged_too(tmp_path):
     path.parent.mkdir(parents=True)
     tifffile.imwrite(path, points, photometric="rgb")
     assert len(mvtec3d.items(RawTree(tmp_path))) == 1
-    with pytest.raises(DataError, match=r"median depth \d+\.?\d* m is outside plausible.median 0.001..30 m"):
+    with pytest.raises(DataError, match=r"median depth \d+\.?\d* m is outside plausible.median 0.01..30 m"):
         prepare(PrepareConfig("mvtec3d", str(tmp_path), str(tmp_path / "o"), 1))
 
 

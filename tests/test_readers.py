@@ -170,9 +170,14 @@ def test_mvtec3d_recognises_raw_trees(tmp_path):
 def test_mvtec3d_recognises_a_removed_plane(tmp_path):
     write_cloud(tmp_path / "bagel" / "train" / "good" / "xyz" / "000.tiff", cloud())
     write_cloud(tmp_path / "tire" / "train" / "good" / "xyz" / "000.tiff", cloud(30, 30, border=False))
+    # Copies may mark with NaN what they removed.
+    points = cloud(30, 30, border=False)
+    points[(points == 0).all(-1)] = np.nan
+    write_cloud(tmp_path / "rope" / "train" / "good" / "xyz" / "000.tiff", points)
     description = mvtec3d.describe(mvtec3d.items(RawTree(tmp_path)))
     assert description["preprocessed"] is True
-    assert description["preprocessed_reason"].startswith("tire: 0.0% of the border is valid")
+    removed = "0.0% of the border is valid, the plane was removed"
+    assert description["preprocessed_reason"] == f"rope: {removed}; tire: {removed}"
 
 
 @pytest.mark.parametrize("share, preprocessed", [(0.045, True), (0.055, False)])

@@ -463,7 +463,7 @@ def test_a_unit_that_contradicts_the_data_is_refused_with_value_and_setting(tmp_
         described = prepare(settings)["sources"]["real_iad_d3"]
         assert (described["unit_assumed"], described["larger_is_assumed"]) == (unit, "farther")
     else:
-        reason = rf"median depth .* m is outside plausible.median 0.001..30 m: real_iad_d3.unit {unit} contradicts"
+        reason = rf"median depth .* m is outside plausible.median 0.01..30 m: real_iad_d3.unit {unit} contradicts"
         with pytest.raises(DataError, match=reason):
             prepare(settings)
 
