@@ -262,6 +262,12 @@ def test_components_are_those_of_the_dense_array_and_in_its_order(shape):
         np.testing.assert_array_equal(label_components(index + 1000), expected)
 
 
+def test_a_mask_is_not_taken_for_coordinates():
+    """Its rows would be places in 40 dimensions, which have 3^40 neighbours."""
+    with pytest.raises(DataError, match="coordinates in 40 dimensions: give np.argwhere of a mask"):
+        label_components(np.eye(40, dtype=np.uint8))
+
+
 @pytest.mark.parametrize("far", [1280, 1400, 2**20])
 def test_components_far_apart_are_told_apart_on_grids_of_any_size(far):
     """Places of grids below 2^31 elements are 32 bits wide: 1288^3 are, 1408^3 would wrap round."""

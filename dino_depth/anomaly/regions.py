@@ -25,6 +25,7 @@ from dino_depth.errors import ConfigError, DataError
 __all__ = ["Meaning", "Regions", "coverage", "is_mask", "label_components", "matches", "regions", "voxel_regions"]
 
 Meaning = Literal["auto", "mask", "labels"]
+MOST_DIMENSIONS = 6
 BLOCK = 2**16  # coordinates flattened at a time, so that they stay in the cache
 
 
@@ -237,6 +238,9 @@ def label_components(index: np.ndarray, connectivity: int | None = None) -> np.n
     index = np.asarray(index)
     if index.ndim != 2 or not np.issubdtype(index.dtype, np.integer):
         raise DataError(f"coordinates must be integers of shape (elements, N), got {index.dtype} {index.shape}")
+    if index.shape[1] > MOST_DIMENSIONS:
+        # Neighbours are 3^N: the rows of a mask, taken for coordinates, would fill the memory.
+        raise DataError(f"coordinates in {index.shape[1]} dimensions: give np.argwhere of a mask, not the mask")
     index = index.astype(np.int64)
     steps, reach = _forward_steps(index.shape[1], connectivity)
     if not len(index):
