@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from data_prep import pseudo_depth
 from data_prep.folder import FolderOptions
@@ -76,6 +76,8 @@ class PrepareConfig:
         visa: which of VisA's tables of splits counts.
         pseudo_depth: how images become depth (datasets of images only).
     """
+
+    writes_to_urls: ClassVar[bool] = True
 
     dataset: str = ""
     root: str = ""

@@ -346,7 +346,8 @@ def parse(cls: type, arguments: list[str], program: str, positional: tuple[str, 
             then a list.
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type, a missing argument or an unreadable file.
+        ConfigError: an unknown key, a value of the wrong type, a missing argument or an unreadable file, or a URL for
+            ``out`` where the class does not say ``writes_to_urls``.
         SystemExit: after ``--help`` or ``--print_config``.
     """
     usage = " ".join([program, *(name.upper() for name in positional), "[--key value ...]"])
@@ -363,7 +364,11 @@ def parse(cls: type, arguments: list[str], program: str, positional: tuple[str, 
     except ArgumentError as error:
         raise ConfigError(_explain(str(error), cls)) from None
     values.pop("config", None)
-    return cls(**vars(parser.instantiate(values)))
+    config = cls(**vars(parser.instantiate(values)))
+    # As a path it would become a local folder, called after all that the URL holds. It is not shown: it may be secret.
+    if "://" in str(getattr(config, "out", "")) and not getattr(cls, "writes_to_urls", False):
+        raise ConfigError(f"out is a URL, and {program} writes to a local folder: copy what it writes afterwards")
+    return config
 
 
 def _spell_out(cls: type, arguments: list[str], positional: tuple[str, ...]) -> list[str]:

@@ -145,13 +145,18 @@ def location(text: str) -> Path | RemotePath:
     """Where a path or URL points to.
 
     Raises:
-        ConfigError: the URL holds a name, a password, a query or a fragment: what is kept there is mostly secret and
-            would end up in logs, run folders and model cards, and the files beside the folder would not be found.
+        ConfigError: a command instead of a URL; or the URL holds a name, a password, a query or a fragment: what is
+            kept there is mostly secret and would end up in logs, run folders and model cards, and the files beside the
+            folder would not be found.
     """
     if "://" not in text:
         return Path(text)
     if text.startswith(("file://", "local://")):
         return Path(fsspec.core.url_to_fs(text)[1])
+    if not re.match(r"[\w+.:-]+://", text):
+        # WebDataset's pipes. The rest of the command may hold what is secret.
+        first = text.replace(":", " ").split()[0]
+        raise ConfigError(f"{first}: no command is run to read data: name a folder or a URL")
     if (clean := redacted(text)) != text:
         raise ConfigError(
             f"{clean}: no user name, password, query or fragment in a URL: credentials belong in ~/.netrc, the store's "

@@ -167,6 +167,25 @@ def test_what_may_be_secret_in_a_url_is_refused_and_not_repeated(url, tiny, caps
     assert "secret" not in capsys.readouterr().err and not Path(tiny.out).exists()
 
 
+@pytest.mark.parametrize("command", ["pipe:curl -H secret https://example.org/a", "curl -H secret https://example.org"])
+def test_a_command_is_no_place_and_is_not_repeated(command):
+    with pytest.raises(ConfigError, match="no command is run to read data") as error:
+        location(command)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["inspect", "shards"], ["pretrain", "--data.shards", "shards"], ["export", "run"], ["evaluate"], ["demo"],
+     ["submit", "pretrain", "--data.shards", "shards"], ["submit", "chain"]],
+)  # fmt: skip
+def test_a_url_to_write_to_becomes_no_local_folder(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*arguments, "--out", "https://me:secret@example.org/x"]) == 2
+    error = capsys.readouterr().err
+    assert "out is a URL" in error and "secret" not in error and not list(tmp_path.iterdir())
+
+
 def test_places_that_only_look_like_secrets_stay():
     for url in (
         "hf://datasets/you/shards@main", "abfs://box@account.dfs.core.windows.net/a", "s3://bucket/a@b/c:1",
