@@ -190,7 +190,7 @@ def test_a_signal_ends_the_tables_and_an_array_takes_their_rows(tree, tmp_path, 
 
         def __init__(self, command, stdout, stderr, env):
             commands.append(command[3:])
-            stdout.write(b"job 7: writes the results when they have ended\n")
+            stdout.write(b"job 7: writes the results when they have ended\nqueue   squeue --jobs=6,7\ncancel  scancel 6 7\n")
 
         def wait(self):
             return self.code
@@ -202,7 +202,8 @@ def test_a_signal_ends_the_tables_and_an_array_takes_their_rows(tree, tmp_path, 
     tables(config(tree, tmp_path / "b", submit={"tasks": 4, "wait": False}))
     assert commands[1][:6] == ["submit", "--tasks", "4", "--wait", "false", "evaluate"]
     lines = json.loads((tmp_path / "b" / "tables.json").read_bytes())
-    assert {line["reason"] for line in lines} == {"submitted: job 7: writes the results when they have ended"}
+    said = "submitted, and the same command writes the row when its jobs have ended: squeue --jobs=6,7"
+    assert {line["reason"] for line in lines} == {said}
 
 
 @pytest.mark.parametrize(

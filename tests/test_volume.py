@@ -27,6 +27,7 @@ from dino_depth.anomaly.volume import (
     check_size,
     class_grid,
     combine,
+    scored_points,
     truth_voxels,
 )
 from dino_depth.depth import DepthMap
@@ -80,6 +81,19 @@ def test_the_volume_equals_the_slow_twin(aggregation):
     assert np.allclose(volume.score, [slow[key] for key in sorted(slow)], atol=1e-5)
     assert (volume.score < 0).any() and volume.outside == 0
     assert volume.instance_score == pytest.approx(max(slow.values()), abs=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["max", "prod"])
+def test_points_and_their_scores_are_the_pixels_whose_maximum_is_the_volume(aggregation):
+    sample, depths = scene()
+    maps, keep = random_maps(3), masks(depths)
+    volume = accumulate(maps, sample, depths, keep, VoxelConfig(size_mm=4, aggregation=aggregation))
+    best = {}
+    for points, scores in scored_points(maps, sample, depths, keep, aggregation):
+        assert len(points) == len(scores) > 0
+        for place, score in zip(np.floor((points - volume.voxels.origin) / volume.voxels.size), scores, strict=True):
+            best[tuple(place)] = max(score, best.get(tuple(place), -np.inf))
+    assert best == {tuple(place): score for place, score in zip(volume.voxels.index, volume.score, strict=True)}
 
 
 def test_several_scorers_have_the_bits_of_each_alone_and_are_lifted_once(monkeypatch):

@@ -30,7 +30,7 @@ from dino_depth.anomaly.results import Run, write_arrays, write_ply, write_whole
 from dino_depth.anomaly.scored import write_scored
 from dino_depth.anomaly.scoring import HEAD, Judged, Scored, judge_view, judge_views, judge_volume
 from dino_depth.anomaly.views import Views
-from dino_depth.anomaly.volume import Maps, class_grid
+from dino_depth.anomaly.volume import Aggregation, Maps, class_grid, scored_points
 from dino_depth.depth import DepthMap
 from dino_depth.errors import DataError
 from dino_depth.lock import Busy
@@ -251,6 +251,8 @@ def _score(session: Session, shared: _Class, sample: Sample, costs: dict[int, Co
         path = session.run.place(sample.category, seed) / f"{sample.name}.npz"
         with cost.of("write"):
             _write(path, views, scores[seed], judged[seed])
+            if session.config.volume.points and judged[seed].points is not None:
+                _write_points(path, views, scores[seed].maps, session.config.volume.aggregation)
             if seed == 0:
                 detail = sample.name == shared.detailed
                 pairs = partial(models[seed].pairs, scores[seed].prepared) if detail else None
@@ -320,3 +322,9 @@ def _write(path: Path, views: Views, scores: Scores, judged: Judged):
     if judged.points is not None:
         # Not with_suffix: a name may hold dots.
         write_ply(path.with_name(path.name.removesuffix(".npz") + ".ply"), judged.points, arrays["score"])
+
+
+def _write_points(path: Path, views: Views, maps: Maps, aggregation: Aggregation):
+    clouds = scored_points(maps, views.sample, views.depths, views.foregrounds, aggregation)
+    for view, (points, score) in zip(views.sample.views, clouds, strict=True):
+        write_ply(path.with_name(f"{path.name.removesuffix('.npz')}.{view.name}.ply"), points, score)

@@ -284,7 +284,10 @@ def _compute(config: TablesConfig, out: Path, row: Row) -> str:
         raise Interrupted(f"{row.place} was interrupted; run the same command again to continue")
     if code:
         return f"cannot run: {said[-1].removeprefix('dino-depth: ')[:400]}"
-    return "" if _finished(out, row) else f"submitted: {said[-1][:200]}"
+    if _finished(out, row):
+        return ""
+    queue = next((line.split(maxsplit=1)[1] for line in said if line.startswith("queue ")), said[-1])
+    return f"submitted, and the same command writes the row when its jobs have ended: {queue[:200]}"
 
 
 def _figures(out: Path, row: Row) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, float]]:

@@ -20,7 +20,7 @@ from dino_depth.errors import ConfigError, DataError
 
 __all__ = [
     "Aggregation", "Maps", "ScoredVolume", "VoxelConfig", "accumulate", "accumulate_each", "check_size", "class_grid",
-    "combine", "truth_voxels",
+    "combine", "scored_points", "truth_voxels",
 ]  # fmt: skip
 
 Aggregation = Literal["max", "min", "prod", "mean"]
@@ -44,6 +44,7 @@ class VoxelConfig:
         margin_mm: of ``union``, millimetres.
         cube_mm: edge of ``cube``, millimetres.
         aggregation: of the modalities' maps before they are projected (ModMap, table 10).
+        points: also write each view as a cloud of points with their scores, ``<instance>.<view>.ply``, as SGANet projects.
     """
 
     size_mm: float | None = None
@@ -51,6 +52,7 @@ class VoxelConfig:
     margin_mm: float = 20.0
     cube_mm: float = 1000.0
     aggregation: Aggregation = "max"
+    points: bool = False
 
     def __post_init__(self):
         for key in ("size_mm", "cube_mm"):
@@ -197,6 +199,19 @@ def accumulate_each(
         )
     occupied = Voxels(grid.origin, grid.size, grid.shape, _unravel(keys, grid))
     return [ScoredVolume(occupied, score, views.astype(np.int32), 1 - inside / pixels) for score in scores]
+
+
+def scored_points(
+    maps: Maps, sample: Sample, depths: Sequence[DepthMap], foregrounds: Sequence[np.ndarray], aggregation: Aggregation
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each view's pixels in the world, (n, 3) metres, and their scores (n,) float32; arguments as of ``accumulate``."""
+    for view, (depth, foreground) in enumerate(zip(depths, foregrounds, strict=True)):
+        mask = depth.valid & foreground
+        points, scores = [np.empty((3, 0))], [np.empty(0, np.float32)]
+        for down, across, lifted in _lifted(sample, view, depth, mask):
+            points.append(lifted)
+            scores.append(combine(maps, view, mask, aggregation, down, across)[mask[down, across]])
+        yield np.concatenate(points, 1).T, np.concatenate(scores)
 
 
 def _points(sample: Sample, view: int, depth: DepthMap, mask: np.ndarray) -> np.ndarray:
