@@ -195,7 +195,11 @@ def test_a_page_leads_with_the_metric_that_separates_and_says_what_is_not_above_
 def test_a_template_stands_beside_a_run_with_the_paired_difference(tree, whole, tmp_path, capsys):
     """The row is that of a run of the template itself on the same features; its difference from the run is paired."""
     words = ["--head.name", "template", "--head.template.modality", "image", "--encoder.depth", ""]
-    alone = run(tree, tmp_path / "run", *words)
+    alone = run(tree, tmp_path / "run", *words, "--volume.points", "true")
+    file = tmp_path / "run" / alone["trials"][0]["instances"][0]["file"]
+    clouds = [trimesh.load(path) for path in file.parent.glob(f"{file.stem}.*.ply")]
+    highest = max(cloud.metadata["_ply_raw"]["vertex"]["data"]["scalar_score"].max() for cloud in clouds)
+    assert len(clouds) == VIEWS and highest == read(file)["score"].max()
     assert f"{tmp_path / 'run'}: {alone['verdict']}" in capsys.readouterr().out.splitlines()
     assert all(one == {"value": 0, "low": 0, "high": 0} for one in alone["less_template"].values())
     results = json.loads((whole / "results.json").read_text())
