@@ -190,7 +190,7 @@ def test_a_signal_ends_the_tables_and_an_array_takes_their_rows(tree, tmp_path, 
 
         def __init__(self, command, stdout, stderr, env):
             commands.append(command[3:])
-            stdout.write(b"job 7: writes the results when they have ended\nqueue   squeue --jobs=6,7\ncancel  scancel 6 7\n")
+            stdout.write(b"job 7: writes the results\nqueue   squeue --jobs=6,7\ncancel  scancel 6 7\n")
 
         def wait(self):
             return self.code

@@ -44,7 +44,7 @@ class VoxelConfig:
         margin_mm: of ``union``, millimetres.
         cube_mm: edge of ``cube``, millimetres.
         aggregation: of the modalities' maps before they are projected (ModMap, table 10).
-        points: also write each view as a cloud of points with their scores, ``<instance>.<view>.ply``, as SGANet projects.
+        points: also write each view as a cloud of scored points, ``<instance>.<view>.ply``, as SGANet projects.
     """
 
     size_mm: float | None = None
