@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dino_depth.config import PretrainConfig
+from dino_depth.pretrain.batch import Batch
 from dino_depth.pretrain.masks import draw_masks
-from dino_depth.pretrain.student_teacher import Batch, Networks, student_losses, teacher_targets
+from dino_depth.pretrain.student_teacher import Networks, student_losses, teacher_targets
 
 __all__ = ["counted", "derived", "make_masks", "matrix_rate"]
 
@@ -45,7 +46,7 @@ def make_crops(config: PretrainConfig, maps: int) -> tuple[torch.Tensor, torch.T
 
 def counted(config: PretrainConfig, maps: int) -> float:
     """Operations per map of forward and backward passes of student and teacher, by torch's counter."""
-    batch = Batch.make(*make_crops(config, maps), make_masks(config, maps), torch.device("cpu"), config)
+    batch = Batch.make(make_crops(config, maps), make_masks(config, maps), config)
     student, teacher = Networks(config), Networks(config).requires_grad_(False)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         parts = {part.name: getattr(batch, part.name) for part in fields(batch)}

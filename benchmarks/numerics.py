@@ -24,9 +24,10 @@ from dino_depth.config import PretrainConfig, parse
 from dino_depth.depth import DepthMap, normalize
 from dino_depth.device import pick_device
 from dino_depth.pretrain import losses, student_teacher
+from dino_depth.pretrain.batch import Batch
 from dino_depth.pretrain.crops import draw_crops, multi_crop
 from dino_depth.pretrain.resident import ResidentMaps
-from dino_depth.pretrain.student_teacher import Batch, Networks
+from dino_depth.pretrain.student_teacher import Networks
 from dino_depth.vit import probe_attention
 
 FLOAT32, BFLOAT16, NARROW = 1e-3, 0.05, 0.1  # float32 against itself, bfloat16 against itself, against float32
@@ -48,7 +49,7 @@ def step(config: PretrainConfig, device: torch.device, narrow: bool, backend: st
     crops, masks = make_crops(config, config.train.batch), make_masks(config, config.train.batch)
     student, teacher = student.to(device), teacher.to(device)
     with compiling(backend is not None, backend or ""):
-        batch = Batch.make(*crops, masks, device, config, 1)
+        batch = Batch.make(crops, masks, config, 1).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
             targets = student_teacher.teacher_targets(teacher, batch, 0.05, 3)
             loss = student_teacher.student_losses(student, batch, targets, config)["loss"]

@@ -34,11 +34,11 @@ from dino_depth import device as devices
 from dino_depth.compiled import compiling
 from dino_depth.config import PretrainConfig, parse
 from dino_depth.pretrain import student_teacher
-from dino_depth.pretrain.loading import make_loader, next_crops, open_maps
-from dino_depth.pretrain.maps import Drawn, MapsInShards
+from dino_depth.pretrain.batch import Batch
+from dino_depth.pretrain.loading import make_loader, next_batch, on_device, open_maps
 from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
 from dino_depth.pretrain.shards import DepthShards
-from dino_depth.pretrain.student_teacher import Batch, Networks
+from dino_depth.pretrain.student_teacher import Networks
 from dino_depth.progress import peak_memory
 from dino_depth.vit import probe_attention
 
@@ -51,12 +51,12 @@ MAPS = {
 STAGES = ("data", "teacher", "student", "backward", "optimizer", "ema")
 
 
-def synthetic(config: PretrainConfig):
-    """Crops and masks without a loader: the same noise every step."""
+def synthetic(config: PretrainConfig, device: torch.device):
+    """Batches without a loader: the same noise every step, other masks."""
     crops, step = make_crops(config, config.train.batch), 0
     while True:
-        nothing = torch.empty(0)
-        yield Drawn(nothing, nothing, make_masks(config, config.train.batch, step), (), crops, ())
+        batch = Batch.make(crops, make_masks(config, config.train.batch, step), config, step)
+        yield batch.pin_memory() if device.type == "cuda" else batch
         step += 1
 
 
@@ -73,7 +73,7 @@ def measure(config: PretrainConfig, steps: int, forced: bool, profile: str = "",
     student, teacher = Networks(config).to(device), Networks(config).to(device).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
     optimizer = build_optimizer(student, config)
-    loader, maps = synthetic(config), MapsInShards(None)
+    loader, maps = synthetic(config, device), None
     if config.data.shards:
         maps = open_maps(DepthShards.configured(config.data), config.data, device)
         loader = make_loader(maps, config, 0, device)
@@ -89,9 +89,9 @@ def measure(config: PretrainConfig, steps: int, forced: bool, profile: str = "",
         return time.perf_counter()
 
     def step(number: int, lap):
-        *data, partners, _ = next_crops(loader, config, number, maps)
+        data = next_batch(loader)
         lap("wait")
-        data = Batch.make(*data, device, config, number, partners=partners)
+        data = on_device(data, maps, device)
         lap("data")
         now = schedule(config, 2000 + number)
         set_rates(optimizer, now)

@@ -12,8 +12,9 @@ from rehearsal import GPU, Rehearsal, rehearsing
 from dino_depth.config import PretrainConfig, load_config, parse
 from dino_depth.device import autocast, pick_device
 from dino_depth.pretrain import train
+from dino_depth.pretrain.batch import Batch
 from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
-from dino_depth.pretrain.student_teacher import Batch, Networks, student_losses, teacher_targets, update_teacher
+from dino_depth.pretrain.student_teacher import Networks, student_losses, teacher_targets, update_teacher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from flops import make_crops, make_masks  # noqa: E402
@@ -55,9 +56,9 @@ def step(config: PretrainConfig, maps: int, gpu: Rehearsal, partners=None) -> tu
         weights.grad = torch.zeros_like(weights)
     optimizer.step()  # the first one makes its state
     optimizer.zero_grad()
-    crops = [part.pin_memory() for part in make_crops(config, maps)]
+    batch = Batch.make(make_crops(config, maps), make_masks(config, maps), config, partners=partners).pin_memory()
     gpu.forget()
-    batch = Batch.make(*crops, make_masks(config, maps), GPU, config, partners=partners)
+    batch = batch.to(GPU)
     now = schedule(config, 1)
     set_rates(optimizer, now)
     with autocast(GPU, config.train.precision):

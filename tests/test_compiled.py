@@ -12,8 +12,9 @@ from dino_depth.compiled import compiling, probe_compiler
 from dino_depth.config import PretrainConfig
 from dino_depth.errors import ConfigError
 from dino_depth.pretrain import losses, train
+from dino_depth.pretrain.batch import Batch
 from dino_depth.pretrain.masks import draw_masks
-from dino_depth.pretrain.student_teacher import Batch, Networks, student_losses, teacher_targets
+from dino_depth.pretrain.student_teacher import Networks, student_losses, teacher_targets
 
 
 def tiny_networks(**model) -> tuple[PretrainConfig, Networks, Networks]:
@@ -34,7 +35,7 @@ def run(config, student, teacher, steps: int, maps: int = 7) -> list[torch.Tenso
         torch.manual_seed(step)
         masks = [torch.from_numpy(draw_masks(3, config.loss, 0, step * maps + place)) for place in range(maps)]
         crops = torch.randn(maps, 2, 1, 42, 42), torch.randn(maps, 3, 1, 14, 14)
-        batch = Batch.make(*crops, torch.stack(masks), torch.device("cpu"), config, step)
+        batch = Batch.make(crops, masks, config, step)
         targets = teacher_targets(teacher, batch, 0.04 + 0.001 * step, 3)
         found = student_losses(student, batch, targets, config)
         gradients = torch.autograd.grad(found["loss"], list(student.parameters()))
@@ -83,9 +84,10 @@ def test_further_crop_sizes_compile_once_more_in_all():
     made = []
     with compiling(True, "aot_eager"):
         for step, (large, small) in enumerate([(42, 14), (56, 28), (84, 14), (70, 28), (42, 14), (98, 28)]):
+            config.crops = dataclasses.replace(config.crops, global_size=large, local_size=small)
             masks = [torch.from_numpy(draw_masks(large // 14, config.loss, 0, 7 * step + place)) for place in range(7)]
             crops = torch.randn(7, 2, 1, large, large), torch.randn(7, 3, 1, small, small)
-            batch = Batch.make(*crops, torch.stack(masks), torch.device("cpu"), config, step)
+            batch = Batch.make(crops, masks, config, step)
             student_losses(student, batch, teacher_targets(teacher, batch, 0.05, 3), config)["loss"].backward()
             made.append(counters["stats"]["unique_graphs"])
     assert made[0] < made[1] == made[-1] and not counters["graph_break"]

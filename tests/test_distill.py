@@ -16,11 +16,12 @@ from dino_depth.depth import DepthMap
 from dino_depth.errors import ConfigError, Interrupted
 from dino_depth.frozen import load_frozen
 from dino_depth.pretrain import student_teacher
-from dino_depth.pretrain.distill import SecondTeacher, seen_patches
-from dino_depth.pretrain.loading import make_loader, next_crops
+from dino_depth.pretrain.batch import Batch, seen_patches
+from dino_depth.pretrain.distill import SecondTeacher
+from dino_depth.pretrain.loading import make_loader, next_batch
 from dino_depth.pretrain.maps import MapsInShards
 from dino_depth.pretrain.shards import DepthShards
-from dino_depth.pretrain.student_teacher import Batch, Networks, student_losses, teacher_targets
+from dino_depth.pretrain.student_teacher import Networks, student_losses, teacher_targets
 from dino_depth.pretrain.train import pretrain
 from dino_depth.vit import DepthTransformer
 
@@ -38,8 +39,7 @@ def taught(tiny) -> PretrainConfig:
 
 def first_batch(config: PretrainConfig) -> Batch:
     maps = MapsInShards(DepthShards.configured(config.data))
-    *crops, partners, shown = next_crops(make_loader(maps, config, 0, torch.device("cpu")), config, 0, maps)
-    return Batch.make(*crops, torch.device("cpu"), config, 0, 0, partners, shown)
+    return next_batch(make_loader(maps, config, 0, torch.device("cpu")))
 
 
 def by_the_book(features: torch.Tensor) -> torch.Tensor:

@@ -133,12 +133,12 @@ def alone(tiny, tmp_path) -> Path:
 
 def _noting_positions(config: PretrainConfig, folder: str, stop_at: int = -1):
     """Trains, and notes which positions this rank reads; rank 1 alone gets a signal in step ``stop_at``."""
-    losses, steps, read = student_teacher.student_losses, [], loading.Crops.__getitem__
+    losses, steps, read = student_teacher.student_losses, [], loading.Passes.__getitem__
 
-    def noted(self, place):
+    def noted(self, places):
         with open(f"{folder}/positions-{os.environ['RANK']}.txt", "a") as file:
-            file.write(f"{place[0]}\n")
-        return read(self, place)
+            file.writelines(f"{position}\n" for position, _ in places)
+        return read(self, places)
 
     def disturbed(*arguments):
         steps.append(1)
@@ -146,7 +146,7 @@ def _noting_positions(config: PretrainConfig, folder: str, stop_at: int = -1):
             signal.raise_signal(signal.SIGUSR2)
         return losses(*arguments)
 
-    loading.Crops.__getitem__, student_teacher.student_losses = noted, disturbed
+    loading.Passes.__getitem__, student_teacher.student_losses = noted, disturbed
     pretrain(config)
 
 
@@ -235,7 +235,7 @@ def test_ranks_that_log_seldom_stop_after_the_step_in_which_one_was_asked_and_th
 
 def _disturbed(config: PretrainConfig, kind: str):
     """Trains; in step 3 something happens to rank 1."""
-    losses, read, steps = student_teacher.student_losses, train.next_crops, []
+    losses, read, steps = student_teacher.student_losses, train.next_batch, []
 
     def loss(student, batch, targets, config):
         steps.append(1)
@@ -256,7 +256,7 @@ def _disturbed(config: PretrainConfig, kind: str):
             time.sleep(12)
         return read(*arguments)
 
-    student_teacher.student_losses, train.next_crops = loss, next_batch
+    student_teacher.student_losses, train.next_batch = loss, next_batch
     pretrain(config)
 
 

@@ -11,7 +11,6 @@ from test_pretrain import assert_same, copy, final_state
 from dino_depth.config import PretrainConfig, config_keys, parse
 from dino_depth.errors import Interrupted
 from dino_depth.pretrain import student_teacher, train
-from dino_depth.pretrain.student_teacher import Batch
 from dino_depth.pretrain.train import pretrain
 from dino_depth.vit import resize_position_embedding
 
@@ -86,14 +85,14 @@ def test_heads_of_another_size_start_anew(first, tmp_path):
 
 def test_steps_of_several_sizes_resume_exactly(tiny, tmp_path, monkeypatch):
     """Every crop and mask of a step has the step's size, and positions are stored at ``global_size``."""
-    seen, make = [], Batch.make
+    seen, read = [], train.next_batch
 
     def noting(*arguments):
-        batch = make(*arguments)
+        batch = read(*arguments)
         seen.append((batch.global_crops.shape[-1], batch.local_crops.shape[-1], batch.masks.shape[1]))
         return batch
 
-    monkeypatch.setattr(train.Batch, "make", noting)
+    monkeypatch.setattr(train, "next_batch", noting)
     config = copy(tiny, tmp_path / "whole", crops={"sizes": [(56, 28), (84, 14)]}, data={"workers": 2})
     pretrain(config)
     assert set(seen) == {(42, 14, 9), (56, 28, 16), (84, 14, 36)} and len(seen) == config.train.steps

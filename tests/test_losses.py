@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from dino_depth.config import LossConfig, PretrainConfig
 from dino_depth.pretrain import losses
+from dino_depth.pretrain.batch import Batch
 from dino_depth.pretrain.heads import PrototypeHead
 from dino_depth.pretrain.losses import koleo, prototype_cross_entropy, sinkhorn
-from dino_depth.pretrain.student_teacher import Batch, Networks, Targets, student_losses, teacher_targets
+from dino_depth.pretrain.student_teacher import Networks, Targets, student_losses, teacher_targets
 
 
 def sinkhorn_by_the_book(logits, temperature, iterations):
@@ -146,7 +147,7 @@ def tiny_batch(maps=3, partners=None) -> Batch:
     masks = torch.zeros(maps, 2, 4, dtype=torch.bool)
     masks[0, 1, :2] = masks[2, 0, 1] = masks[1, 0, 3] = True
     crops = torch.randn(maps, 2, 1, 28, 28), torch.randn(maps, 3, 1, 14, 14)
-    return Batch.make(*crops, masks, torch.device("cpu"), tiny_config(), partners=partners)
+    return Batch.make(crops, masks, tiny_config(), partners=partners)
 
 
 def test_student_losses_equal_the_published_pairing():

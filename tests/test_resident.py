@@ -20,7 +20,7 @@ from dino_depth.errors import ConfigError, DataError
 from dino_depth.pretrain import maps as maps_module
 from dino_depth.pretrain import resident
 from dino_depth.pretrain.crops import draw_crops, multi_crop
-from dino_depth.pretrain.loading import make_loader, next_crops, open_maps
+from dino_depth.pretrain.loading import make_loader, next_batch, on_device, open_maps
 from dino_depth.pretrain.maps import MapsInMemory
 from dino_depth.pretrain.resident import ResidentMaps, Validity
 from dino_depth.pretrain.shards import DepthShards
@@ -158,7 +158,7 @@ def batches(config, count: int) -> list:
     shards = DepthShards.configured(config.data)
     maps = open_maps(shards, config.data, CPU)
     loader = make_loader(maps, config, 0, CPU)
-    return [next_crops(loader, config, step, maps) for step in range(count)]
+    return [vars(on_device(next_batch(loader), maps, CPU)) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def test_batches_do_not_depend_on_how_workers_start(tiny, monkeypatch, start, ke
     monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", context)
     tiny.data.workers, tiny.data.resident = 1, kept == "memory"
     for found, expected in zip(batches(tiny, 2), wanted, strict=True):
-        *tensors, shown = found
-        assert shown is None and len(tensors) == 4
-        assert all(torch.equal(*pair) for pair in zip(tensors, expected, strict=False))
+        assert found["depth"] is found["metric"] is found["seen"] is None and found["kept_counts"]
+        tensors = {name: part for name, part in found.items() if isinstance(part, torch.Tensor)}
+        assert len(tensors) == 8 and all(torch.equal(part, expected[name]) for name, part in tensors.items())
 
 
 def test_validity_comes_back():

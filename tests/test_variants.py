@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from dino_depth.pretrain.batch import Batch
 from dino_depth.pretrain.masks import draw_masks
 from dino_depth.pretrain.optim import build_optimizer
-from dino_depth.pretrain.student_teacher import Batch, Networks
+from dino_depth.pretrain.student_teacher import Networks
 from dino_depth.pretrain.train import pretrain
 from dino_depth.publish.export import ExportConfig, export
 
@@ -28,7 +29,7 @@ def test_the_losses_read_class_tokens_and_hidden_patches(tiny, registers):
     backbone = Networks(tiny).backbone
     masks = torch.stack([torch.from_numpy(draw_masks(3, tiny.loss, 0, place)) for place in range(4)])
     crops = torch.randn(4, 2, 1, 42, 42), torch.randn(4, 2, 1, 14, 14)
-    batch = Batch.make(*crops, masks, torch.device("cpu"), tiny)
+    batch = Batch.make(crops, masks, tiny)
     pack = [batch.global_crops, batch.local_crops], [batch.masks, None]
     whole, local = backbone.forward_packed(*pack)
     wanted = torch.cat([whole[:, 0], whole[:, 1 + registers :][batch.masks], local[:, 0]])

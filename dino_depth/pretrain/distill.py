@@ -20,9 +20,7 @@ from dino_depth.distributed import all_sum
 from dino_depth.errors import ConfigError, ReportedError
 from dino_depth.frozen import load_frozen
 
-__all__ = [
-    "Projector", "SecondTeacher", "check_second_teacher", "cosine_distance", "seen_patches", "standardize",
-]  # fmt: skip
+__all__ = ["Projector", "SecondTeacher", "check_second_teacher", "cosine_distance", "standardize"]
 
 
 def check_second_teacher(config: PretrainConfig):
@@ -94,7 +92,7 @@ class SecondTeacher:
         Args:
             depth: (crops, 1, side, side) on the CPU, in the unit of the maps, 0 where missing.
             metric: (crops,) bool, whether that unit is metres.
-            seen: (crops, grid * grid) bool of :func:`seen_patches`, on the teacher's device.
+            seen: (crops, grid * grid) bool of ``batch.seen_patches``, on the teacher's device.
             grid: the student's patches along a side.
         """
         patch = self.encoder.patch_size
@@ -116,11 +114,6 @@ class SecondTeacher:
 
 def _kind(metric: Tensor) -> str:
     return "metric" if metric else "relative"
-
-
-def seen_patches(crops: Tensor, patch_size: int) -> Tensor:
-    """Which patches (crops, patches) of crops (crops, 1, side, side), 0 where missing, hold a valid pixel."""
-    return F.max_pool2d((crops != 0).float(), patch_size).flatten(1) > 0
 
 
 def standardize(features: Tensor) -> Tensor:

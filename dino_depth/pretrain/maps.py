@@ -1,52 +1,29 @@
 """Where training has its maps: in their shards, decoded in this machine's memory, or on the device.
 
-All three answer alike. Workers :meth:`~Reader.load` a map and draw its crops; the training process asks the same maps
-for the :meth:`~Maps.crops` of a batch. What is cut, and from which values, is the same: bit for bit from shards and
-memory, within half a code from the device (``resident.py``).
+All three answer alike. Workers :meth:`~Reader.load` a map and draw its crops, and cut them unless the map is on the
+device. What is cut, and from which values, is the same: bit for bit from shards and memory, within half a code from the
+device (``resident.py``).
 """
 
 import os
 import socket
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
-from torch import Tensor
 
 from dino_depth import distributed
-from dino_depth.config import CropConfig
 from dino_depth.depth import CODINGS, UNIT, DepthMap
 from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.shared_arrays import SharedArrays
 from dino_depth.progress import Progress
 from dino_depth.sample import sample_map
 
-__all__ = ["Drawn", "Maps", "MapsInMemory", "MapsInShards", "Reader"]
+__all__ = ["Maps", "MapsInMemory", "MapsInShards", "Reader"]
 
 KINDS = tuple(UNIT)
-
-
-class Drawn(NamedTuple):
-    """What a worker makes of one map, and the loader of a pass's: then every tensor has a first dimension more.
-
-    Attributes:
-        index: of the map.
-        affines: (crops, 2, 3) float64 of ``crops.draw_crops``.
-        masks: (2, patches) bool.
-        partners: (2, patches) of ``crops.partners``, or nothing.
-        crops: global and local crops, or nothing where the maps are on the device.
-        shown: what a second teacher sees, depth of the global crops and whether it is metric, or nothing.
-    """
-
-    index: int | Tensor
-    affines: Tensor
-    masks: Tensor
-    partners: Tensor | Sequence
-    crops: Sequence[Tensor]
-    shown: Sequence[Tensor]
 
 
 class Reader(Protocol):
@@ -71,9 +48,6 @@ class Maps(Protocol):
     shards: DepthShards
     reader: Reader
 
-    def crops(self, drawn: Drawn, config: CropConfig) -> Sequence[Tensor]:
-        """Global (maps, 2, 1, S, S) and local (maps, local_crops, 1, s, s) crops of a batch."""
-
 
 class MapsInShards:
     """Maps that are decoded whenever one is asked for."""
@@ -84,9 +58,6 @@ class MapsInShards:
     def load(self, index: int) -> tuple[np.ndarray, DepthMap]:
         depth_map, _ = self.shards.sample(index)
         return depth_map.valid, depth_map
-
-    def crops(self, drawn: Drawn, config: CropConfig) -> Sequence[Tensor]:
-        return drawn.crops
 
 
 class _Codes:
@@ -148,9 +119,6 @@ class MapsInMemory:
             finally:
                 pool.shutdown(cancel_futures=True)
         distributed.barrier()
-
-    def crops(self, drawn: Drawn, config: CropConfig) -> Sequence[Tensor]:
-        return drawn.crops
 
 
 def _machine() -> str:

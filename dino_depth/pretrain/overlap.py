@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dino_depth import distributed
-from dino_depth.pretrain.student_teacher import Batch
+from dino_depth.pretrain.batch import Batch
 
 __all__ = ["Behind", "ahead"]
 

@@ -19,7 +19,6 @@ from dino_depth.config import CropConfig, DataConfig
 from dino_depth.depth import Normalization, normalize
 from dino_depth.errors import ConfigError, ReportedError
 from dino_depth.pretrain.crops import GLOBAL_CROPS
-from dino_depth.pretrain.maps import Drawn
 from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.shared_arrays import SharedArrays
 from dino_depth.progress import Progress
@@ -128,9 +127,6 @@ class ResidentMaps:
             if isinstance(item, Exception):
                 raise item
             yield item
-
-    def crops(self, drawn: Drawn, config: CropConfig) -> tuple[Tensor, Tensor]:
-        return self.crop(drawn.index, drawn.affines, config)
 
     def crop(self, indices: Tensor, affines: Tensor, config: CropConfig) -> tuple[Tensor, Tensor]:
         """Global (maps, 2, 1, S, S) and local (maps, local_crops, 1, s, s) crops, as ``crops.multi_crop`` makes them.

@@ -3,21 +3,18 @@
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dino_depth.compiled import compiled, vary
 from dino_depth.config import LossConfig, PretrainConfig
-from dino_depth.pretrain.distill import Projector, SecondTeacher, cosine_distance, seen_patches
+from dino_depth.pretrain.batch import Batch
+from dino_depth.pretrain.distill import Projector, SecondTeacher, cosine_distance
 from dino_depth.pretrain.heads import PrototypeHead
 from dino_depth.pretrain.losses import koleo, matmul_dtype, prototype_cross_entropy, sinkhorn
-from dino_depth.pretrain.stochastic_depth import kept_sequences
 from dino_depth.vit import DepthTransformer
 
-__all__ = [
-    "Batch", "Networks", "Student", "Targets", "learns_alone", "student_losses", "teacher_targets", "update_teacher",
-]  # fmt: skip
+__all__ = ["Networks", "Student", "Targets", "learns_alone", "student_losses", "teacher_targets", "update_teacher"]
 
 
 def learns_alone(loss: LossConfig) -> bool:
@@ -40,121 +37,6 @@ class Networks(nn.Module):
             self.ibot_head = PrototypeHead(config.model.dim, config.loss)
         if second_dim:
             self.projector = Projector(config.model.dim, second_dim)
-
-
-@dataclass
-class Batch:
-    """One backward pass's worth of crops.
-
-    Attributes:
-        global_crops: (2 * maps, 1, side, side), the first crop of every map before the second of every map.
-        local_crops: (crops * maps, 1, side, side), likewise.
-        masks: (2 * maps, patches) bool, hidden from the student.
-        mask_weights: (hidden,) 1 / (hidden patches of its crop * number of global crops).
-        needed: (2 * maps + hidden + crops * maps,) rows the losses read of all tokens of the global, then of the local
-            crops: global class tokens, hidden patches, local class tokens.
-        kept: which global and which local crops take each residual branch, see ``stochastic_depth.py``; None: all.
-        pairs: (2, pairs) rows of the tokens of the global crops: a patch, and the patch of the map's other global crop
-            that sees the place in its middle; None where the dense loss is off.
-        pair_weights: (pairs,) 1 / (pairs of the patch's crop * number of global crops).
-        depth: (2 * maps, 1, side, side) on the CPU, the depth of the global crops, which a second teacher sees; None
-            without one.
-        metric: (2 * maps,) bool, whether it is in metres; None likewise.
-        seen: (2 * maps, patches) bool, patches that hold a valid pixel and face the second teacher's; None likewise.
-    """
-
-    global_crops: Tensor
-    local_crops: Tensor
-    masks: Tensor
-    mask_weights: Tensor
-    needed: Tensor
-    kept: list[list[Tensor]] | None
-    pairs: Tensor | None
-    pair_weights: Tensor | None
-    depth: Tensor | None = None
-    metric: Tensor | None = None
-    seen: Tensor | None = None
-
-    @classmethod
-    def make(
-        cls,
-        global_crops: Tensor,
-        local_crops: Tensor,
-        masks: Tensor,
-        device: torch.device,
-        config: PretrainConfig,
-        step: int = 0,
-        first: int = 0,
-        partners: Tensor | None = None,
-        shown: tuple[Tensor, Tensor] | None = None,
-    ) -> "Batch":
-        """From (maps, 2, 1, side, side) and (maps, crops, 1, side, side) crops and (maps, 2, patches) masks.
-
-        Args:
-            step, first: the step, and the place of the first map in its batch.
-            partners: (maps, 2, patches) of :func:`crops.partners`; None: no pairs.
-            shown: (maps, 2, 1, side, side) depth and (maps,) bool of :func:`loading.next_crops`, for a second teacher.
-        """
-        model, counts = config.model, [global_crops.shape[1], local_crops.shape[1]]
-        kept = kept_sequences(
-            model.drop_path, 2 * model.depth, counts, config.train.seed, step, first, len(global_crops)
-        )
-        masks = masks.transpose(0, 1).flatten(0, 1)
-        weights = (1 / masks.sum(1).clamp_min(1))[:, None].expand_as(masks)[masks] / len(masks)
-        crop, patch = masks.nonzero(as_tuple=True)
-        prefix = 1 + model.registers  # tokens before the patches
-        length, small = prefix + masks.shape[1], prefix + (local_crops.shape[-1] // model.patch_size) ** 2
-        classes = torch.arange(len(masks)) * length
-        locals_ = len(masks) * length + torch.arange(local_crops.shape[0] * local_crops.shape[1]) * small
-        needed = torch.cat([classes, crop * length + prefix + patch, locals_])
-        # The loader's memory is pinned already, so the crops are rearranged there.
-        parts = [crops.to(device, non_blocking=True) for crops in (global_crops, local_crops)]
-        parts = [crops.transpose(0, 1).flatten(0, 1) for crops in parts]
-        parts += [_sent(part, device) for part in (masks, weights, needed)]
-        pairs = (None, None) if partners is None else _pairs(partners, prefix)
-        pairs = (part if part is None else _sent(part, device) for part in pairs)
-        batch = cls(*parts, _to_device(kept, device), *pairs)
-        if shown is not None:
-            depth, metric = shown
-            batch.depth, batch.metric = depth.transpose(0, 1).flatten(0, 1), metric.repeat(2)
-            batch.seen = seen_patches(batch.global_crops, model.patch_size)
-        return batch
-
-    def used_on(self, stream: torch.cuda.Stream):
-        """Keeps the memory of what lies on a GPU from being given away before ``stream`` is done with it."""
-        parts = [*vars(self).values(), *(part for sets in self.kept or () for part in sets)]
-        for part in parts:
-            if isinstance(part, Tensor) and part.is_cuda:
-                part.record_stream(stream)
-
-
-def _pairs(partners: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """``pairs`` and ``pair_weights`` of a :class:`Batch`, ``prefix`` tokens lying before the patches of a crop."""
-    maps, crops, patches = partners.shape
-    partners = partners.transpose(0, 1).flatten(0, 1)  # (2 maps, patches): the first crops, then the second ones
-    crop, patch = (partners >= 0).nonzero(as_tuple=True)
-    other, length = (crop + maps) % (crops * maps), prefix + patches
-    counts = (partners >= 0).sum(1)
-    rows = torch.stack([crop * length + prefix + patch, other * length + prefix + partners[crop, patch]])
-    return rows, 1 / (counts[crop] * len(partners))
-
-
-def _sent(part: Tensor, device: torch.device) -> Tensor:
-    """``part`` on its way to ``device``, from pinned memory: another one would be copied there first, meanwhile waited
-    for."""
-    return (part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True)
-
-
-def _to_device(kept: list[list[np.ndarray]] | None, device: torch.device) -> list[list[Tensor]] | None:
-    """The arrays as tensors, in one transfer."""
-    if kept is None:
-        return None
-    parts = [part for sets in kept for part in sets]
-    sizes = [len(part) for part in parts]
-    moved = _sent(torch.from_numpy(np.concatenate(parts)), device).split(sizes)
-    vary(*moved)
-    moved = iter(moved)
-    return [[next(moved) for _ in sets] for sets in kept]
 
 
 @dataclass
@@ -247,7 +129,8 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
         prefix = 1 + config.model.registers
         rows["seen"] = crop * (prefix + batch.seen.shape[1]) + prefix + patch
     crops, masks = [batch.global_crops, batch.local_crops][sets], [batch.masks, None][sets]
-    kept, scale = batch.kept and [part[sets] for part in batch.kept], 1 / (1 - config.model.drop_path)
+    kept, scale = batch.branches(), 1 / (1 - config.model.drop_path)
+    kept = kept and [part[sets] for part in kept]
     tokens = student.backbone.forward_packed(crops, masks, torch.cat([*rows.values()]), kept, scale)
     tokens = dict(zip(rows, tokens.split([len(part) for part in rows.values()]), strict=True))
     losses = {} if alone else _assigned_losses(student, tokens, batch, targets, loss)

@@ -16,12 +16,13 @@ from dino_depth.config import PretrainConfig
 from dino_depth.device import autocast, gpu_figures, has_bfloat16_units, pick_device, reuse_memory
 from dino_depth.errors import ConfigError, Interrupted, ReportedError
 from dino_depth.pretrain import checkpoint
+from dino_depth.pretrain.batch import Batch
 from dino_depth.pretrain.crops import check_crops
 from dino_depth.pretrain.distill import check_second_teacher
 from dino_depth.pretrain.health import measure
 from dino_depth.pretrain.in_loop import Evaluations, check_evaluation
 from dino_depth.pretrain.initialize import initialize
-from dino_depth.pretrain.loading import make_loader, next_crops, open_maps, order_of, place
+from dino_depth.pretrain.loading import make_loader, next_batch, on_device, open_maps, order_of
 from dino_depth.pretrain.maps import Maps
 from dino_depth.pretrain.optim import clip, schedule, set_rates
 from dino_depth.pretrain.overlap import Behind, ahead
@@ -29,7 +30,7 @@ from dino_depth.pretrain.run_folder import RunFolder
 from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.state import TrainingState
 from dino_depth.pretrain.stop import Stop
-from dino_depth.pretrain.student_teacher import Batch, Networks, Student, teacher_targets, update_teacher
+from dino_depth.pretrain.student_teacher import Networks, Student, teacher_targets, update_teacher
 from dino_depth.progress import Progress, peak_memory
 from dino_depth.vit import probe_attention
 
@@ -156,15 +157,9 @@ def _say_how_it_begins(config: PretrainConfig, device: torch.device, first: int,
 def _batches(maps: Maps, config: PretrainConfig, first_step: int, device: torch.device):
     """An iterator over the batches of every pass of every step."""
     loader = make_loader(maps, config, first_step, device)
-
-    def made():
-        for step in range(first_step, config.train.steps):
-            for turn in range(config.train.accumulate):
-                *crops, partners, shown = next_crops(loader, config, step, maps)
-                yield Batch.make(*crops, device, config, step, place(config, turn), partners, shown)
-
+    passes = range((config.train.steps - first_step) * config.train.accumulate)
     try:
-        yield ahead(made(), device)
+        yield ahead((on_device(next_batch(loader), maps, device) for _ in passes), device)
     finally:
         # An error's traceback would keep the iterator alive, and with it the worker processes.
         getattr(loader, "_shutdown_workers", lambda: None)()
