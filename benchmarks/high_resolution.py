@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from dino_depth.pretrain.probe import ProbeConfig, load_with_twin, probe_encoders
+from dino_depth.probing.probe import ProbeConfig, load_with_twin, probe_encoders
 
 FIGURES = ("knn_class", "knn_patch", "normal", "curvature")
 BASE, SAME, HIGH, MIXED = "no phase", "as many steps at 98 px", "196 px", "98, 140 and 196 px"

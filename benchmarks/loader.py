@@ -16,8 +16,8 @@ import torch
 from dino_depth.config import PretrainConfig, parse
 from dino_depth.pretrain.loading import make_loader, open_maps
 from dino_depth.pretrain.maps import Maps
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.train import pretrain
+from dino_depth.shards import DepthShards
 
 
 def rate(maps: Maps, config: PretrainConfig, count: int) -> float:

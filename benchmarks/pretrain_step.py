@@ -37,9 +37,9 @@ from dino_depth.pretrain import student_teacher
 from dino_depth.pretrain.batch import Batch
 from dino_depth.pretrain.loading import make_loader, next_batch, on_device, open_maps
 from dino_depth.pretrain.optim import build_optimizer, clip, schedule, set_rates
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.student_teacher import Networks
 from dino_depth.progress import peak_memory
+from dino_depth.shards import DepthShards
 from dino_depth.vit import probe_attention
 
 WARM_UP = 3

@@ -36,9 +36,9 @@ from dino_depth import distributed
 from dino_depth.config import DataConfig
 from dino_depth.depth import DepthMap, encode_png
 from dino_depth.pretrain.order import EndlessOrder
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.shard_format import FORMAT, JSON, MANIFEST, PNG, VERSION, shard_file
 from dino_depth.shard_index import INDEX, SampleIndex, read_index
+from dino_depth.shards import DepthShards
 
 SHARD = 512  # maps
 SHARD_BYTES = 2**26

@@ -44,7 +44,7 @@ COMMANDS = {
     "inspect": Command("a page to see shards", "data_prep.inspect", "InspectConfig", "inspect", ("shards",)),
     "check": Command("verify shards or own parts", "data_prep.check", "CheckConfig", "check", ("shards",)),
     "pretrain": Command("train an encoder on shards", "dino_depth.pretrain.train", "PretrainConfig", "pretrain"),
-    "probe": Command("measure an encoder", "dino_depth.pretrain.probe", "ProbeConfig", "probe", ("encoder",)),
+    "probe": Command("measure an encoder", "dino_depth.probing.probe", "ProbeConfig", "probe", ("encoder",)),
     "export": Command(
         "a run's encoder or a model for others", "dino_depth.publish.export", "ExportConfig", "export", ("run",)
     ),

@@ -20,8 +20,8 @@ from dino_depth.inspection.convert import ConvertConfig, convert
 from dino_depth.inspection.fit import FitConfig, fit
 from dino_depth.inspection.predict import PredictConfig, predict
 from dino_depth.inspection.rig import RIG
-from dino_depth.pretrain.probe import ProbeConfig, demo_gate, probe
 from dino_depth.pretrain.train import pretrain
+from dino_depth.probing.probe import ProbeConfig, demo_gate, probe
 from dino_depth.publish.export import ExportConfig, export
 from dino_depth.publish.report import write_report
 

@@ -27,11 +27,11 @@ from pathlib import Path
 
 import submitit
 
+from dino_depth.checkpoint import checkpoints
 from dino_depth.config import PretrainConfig, parse
 from dino_depth.errors import ConfigError, Interrupted, ReportedError
-from dino_depth.pretrain.checkpoint import checkpoints
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.train import check_settings, pretrain
+from dino_depth.shards import DepthShards
 from dino_depth.slurm import jobs
 from dino_depth.slurm.jobs import SubmitConfig
 from dino_depth.slurm.submission import absolute, announce, logs_beside, note, refuse_second, wait

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# A run: what reads, makes and measures it. Frozen encoders, which others take, know of none.
+RUNS = ("dino_depth.pretrain", "dino_depth.probing", "dino_depth.publish", "dino_depth.checkpoint", "dino_depth.shards")
 SOURCES = [path for folder in ("dino_depth", "data_prep", "slurm") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -36,19 +38,20 @@ def test_imports_point_one_way(path):
         wrong = set()
     elif place.startswith("dino_depth/bench/"):
         # Judges frozen encoders only: it renders and reads by data_prep, and takes geometry and metrics from anomaly.
-        upward = ("dino_depth.cli", "dino_depth.demo", "dino_depth.pretrain", "dino_depth.anomaly.heads")
-        upward += ("dino_depth.publish",)
+        upward = ("dino_depth.cli", "dino_depth.demo", *RUNS, "dino_depth.anomaly.heads")
         upward += ("dino_depth.anomaly.evaluate", "dino_depth.slurm")
         wrong = {n for n in found if n.startswith(upward)}
-    elif place.startswith(("dino_depth/pretrain/", "dino_depth/publish/")):
+    elif place.startswith(("dino_depth/pretrain/", "dino_depth/probing/", "dino_depth/publish/")):
         upward = ("data_prep", "dino_depth.cli", "dino_depth.demo", "dino_depth.anomaly", "dino_depth.bench")
         # What a run left is published; nothing that trains or measures knows of it.
-        upward += ("dino_depth.publish",) if place.startswith("dino_depth/pretrain/") else ()
+        upward += () if place.startswith("dino_depth/publish/") else ("dino_depth.publish",)
+        # Training asks for a probe; what probes reads a run's checkpoints and maps, and knows of no loop.
+        upward += ("dino_depth.pretrain",) if place.startswith("dino_depth/probing/") else ()
         wrong = {n for n in found if n.startswith(upward)}
     elif place.startswith("dino_depth/anomaly/"):
         # Benchmarks are raw datasets: their decoders are those of data preparation.
         reads_raw = place.startswith("dino_depth/anomaly/benchmarks/")
-        upward = ("dino_depth.cli", "dino_depth.demo", "dino_depth.pretrain", "dino_depth.publish", "dino_depth.bench")
+        upward = ("dino_depth.cli", "dino_depth.demo", *RUNS, "dino_depth.bench")
         upward += () if reads_raw else ("data_prep",)
         wrong = {n for n in found if n.startswith(upward)}
         if place.startswith("dino_depth/anomaly/heads/"):
@@ -56,12 +59,13 @@ def test_imports_point_one_way(path):
             wrong |= {n for n in found if n.startswith(tuple(f"dino_depth.anomaly.heads.{name}" for name in heads))}
     elif place.startswith("dino_depth/inspection/"):
         # Own parts are raw data, inspected by the models of anomaly detection.
-        upward = ("dino_depth.cli", "dino_depth.demo", "dino_depth.pretrain", "dino_depth.publish")
+        upward = ("dino_depth.cli", "dino_depth.demo", *RUNS)
         upward += () if place == "dino_depth/inspection/cad.py" else ("data_prep.synthetic",)  # the only one to render
         wrong = {n for n in found if n.startswith(upward)}
     else:
         upward = ("data_prep", "dino_depth.cli", "dino_depth.demo", "dino_depth.anomaly", "dino_depth.pretrain")
         upward += ("dino_depth.slurm", "dino_depth.bench", "dino_depth.inspection", "dino_depth.publish")
+        upward += ("dino_depth.probing",)
         wrong = {n for n in found if n.startswith(upward)}
     assert wrong == set()
 
@@ -83,7 +87,9 @@ def test_the_loop_stays_readable():
 
 def test_no_photometric_operation_exists():
     words = r"jitter|brightness|contrast|saturation|solarize|posterize|GaussianBlur|grayscale\("
-    for path in (ROOT / "dino_depth" / "pretrain").rglob("*.py"):
+    folders = [ROOT / "dino_depth" / name for name in ("pretrain", "probing")]
+    paths = [path for folder in folders for path in folder.rglob("*.py")] + [ROOT / "dino_depth" / "shards.py"]
+    for path in paths:
         assert not re.search(words, path.read_text(), re.I), path
 
 

@@ -14,8 +14,8 @@ from dino_depth.pretrain.batch import Batch
 from dino_depth.pretrain.crops import crops_of_step, draw_crops, multi_crop, partners
 from dino_depth.pretrain.loading import make_loader, next_batch, on_device, open_maps, order_of
 from dino_depth.pretrain.masks import draw_masks
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.resample import resample
+from dino_depth.shards import DepthShards
 
 CPU = torch.device("cpu")
 SETTINGS = {

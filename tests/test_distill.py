@@ -20,9 +20,9 @@ from dino_depth.pretrain.batch import Batch, seen_patches
 from dino_depth.pretrain.distill import SecondTeacher
 from dino_depth.pretrain.loading import make_loader, next_batch
 from dino_depth.pretrain.maps import MapsInShards
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.student_teacher import Networks, student_losses, teacher_targets
 from dino_depth.pretrain.train import pretrain
+from dino_depth.shards import DepthShards
 from dino_depth.vit import DepthTransformer
 
 # Another architecture, input and grid than the student's 3 x 3 patches of 14 pixels: 5 x 5 cells of 8.

@@ -20,10 +20,10 @@ import torch
 from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.utils import counters
 
-from dino_depth import compiled, distributed
+from dino_depth import checkpoint, compiled, distributed
 from dino_depth.config import PretrainConfig, save_config
 from dino_depth.errors import ConfigError, DataError, Interrupted, ReportedError
-from dino_depth.pretrain import checkpoint, loading, student_teacher, train
+from dino_depth.pretrain import loading, student_teacher, train
 from dino_depth.pretrain.losses import koleo, sinkhorn
 from dino_depth.pretrain.train import pretrain
 

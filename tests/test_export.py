@@ -21,18 +21,17 @@ from safetensors.torch import load, load_file, save_file
 from transformers import AutoModel, Dinov2Model
 
 import dino_depth
-from dino_depth import onnx_file
+from dino_depth import checkpoint, onnx_file
 from dino_depth.config import CropConfig, DataConfig, ModelConfig, PretrainConfig, load_config, save_config
 from dino_depth.depth import DepthMap, Normalization, encode_png
 from dino_depth.encoder import load_encoder
 from dino_depth.errors import ConfigError, DataError, GateError, ReportedError
-from dino_depth.pretrain import checkpoint
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.publish import export as export_module
 from dino_depth.publish import model_folders
 from dino_depth.publish.export import ExportConfig, export
 from dino_depth.publish.model_card import Subject, _training, training_data
 from dino_depth.publish.parity import compare, worst
+from dino_depth.shards import DepthShards
 from dino_depth.vit import DepthTransformer, resize_position_embedding
 from dino_depth.weight_names import from_transformers, to_transformers
 from tests.conftest import write_manifest

@@ -13,13 +13,14 @@ import pytest
 import torch
 from test_pretrain import ROOT, assert_same, command, copy
 
+from dino_depth import checkpoint
 from dino_depth.config import TrainConfig
 from dino_depth.errors import ConfigError, DataError, Interrupted
-from dino_depth.pretrain import checkpoint, in_loop
+from dino_depth.pretrain import in_loop
 from dino_depth.pretrain.in_loop import Best, Evaluations, choose_checkpoint, find_best, read_evaluations
-from dino_depth.pretrain.probe import ProbeConfig, probe
-from dino_depth.pretrain.readout import FIGURES
 from dino_depth.pretrain.train import pretrain
+from dino_depth.probing.figures import FIGURES
+from dino_depth.probing.probe import ProbeConfig, probe
 from dino_depth.publish.export import ExportConfig, export
 
 EVERY = 3  # of the 8 steps of the tiny run: steps 0, 3, 6 and 8 are measured

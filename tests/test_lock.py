@@ -18,8 +18,8 @@ from dino_depth.config import save_config
 from dino_depth.errors import ConfigError
 from dino_depth.lock import EXCLUSIVE, SHARED, locked
 from dino_depth.pretrain.run_folder import RunFolder
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.train import pretrain
+from dino_depth.shards import DepthShards
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """

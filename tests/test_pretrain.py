@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 import torch
 
-from dino_depth import cli
+from dino_depth import checkpoint, cli
 from dino_depth.config import HealthConfig, PretrainConfig, save_config
 from dino_depth.errors import ConfigError, DataError, GateError, Interrupted, ReportedError
-from dino_depth.pretrain import checkpoint, loading, student_teacher, train
+from dino_depth.pretrain import loading, student_teacher, train
 from dino_depth.pretrain.health import CollapseGate, measure, rankme
 from dino_depth.pretrain.order import EndlessOrder
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.student_teacher import Targets
 from dino_depth.pretrain.train import pretrain
+from dino_depth.shards import DepthShards
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from dino_depth import checkpoint
 from dino_depth.config import CropConfig, DataConfig, ModelConfig, PretrainConfig, TrainConfig, save_config
 from dino_depth.depth import DepthMap, Normalization, encode_png
 from dino_depth.encoder import ARCHITECTURES, Encoder
 from dino_depth.errors import ConfigError, DataError
-from dino_depth.pretrain import checkpoint, readout
-from dino_depth.pretrain.probe import (
+from dino_depth.probing import figures as statement
+from dino_depth.probing.figures import FIGURES, bootstrap, pca_colours
+from dino_depth.probing.probe import (
     ProbeConfig,
     collect_features,
     demo_gate,
@@ -26,9 +28,8 @@ from dino_depth.pretrain.probe import (
     probe,
     probe_encoders,
 )
-from dino_depth.pretrain.readout import FIGURES, bootstrap, pca_colours
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.readout import PENALTIES, Moments, fit_ridge, knn
+from dino_depth.shards import DepthShards
 from dino_depth.surface import FOCAL, SHARPEST, WINDOW, patch_geometry, surface
 from dino_depth.vit import DepthTransformer
 from dino_depth.weight_names import to_transformers
@@ -295,7 +296,8 @@ def query_rows(maps=40, seed=0, shift=0.0):
     usable = torch.rand(maps, 3, 3, generator=random) > 0.3
     predicted = targets + (0.3 - shift) * torch.randn(maps, 3, 3, 4, generator=random, dtype=torch.float64)
     hits = [torch.rand(maps, generator=random) < 0.4 + shift for _ in range(2)]
-    return readout.query_rows(hits, [readout.patch_sums(predicted, targets, usable)]), hits, targets, usable, predicted
+    rows = statement.query_rows(hits, [statement.patch_sums(predicted, targets, usable)])
+    return rows, hits, targets, usable, predicted
 
 
 def test_figures_and_intervals_are_what_they_say():

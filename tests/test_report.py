@@ -15,8 +15,8 @@ from test_probe import make_run, write_shards
 from dino_depth.config import PretrainConfig
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.pretrain.in_loop import find_best
-from dino_depth.pretrain.probe import ProbeConfig, probe
-from dino_depth.pretrain.readout import FIGURES
+from dino_depth.probing.figures import FIGURES
+from dino_depth.probing.probe import ProbeConfig, probe
 from dino_depth.publish.report import Chart, charts, evaluation_charts, read_metrics, write_report
 
 CATEGORIES = ("bump", "dent", "tilt", "<b>&bold")

@@ -23,10 +23,10 @@ from dino_depth.pretrain.crops import draw_crops, multi_crop
 from dino_depth.pretrain.loading import make_loader, next_batch, on_device, open_maps
 from dino_depth.pretrain.maps import MapsInMemory
 from dino_depth.pretrain.resident import ResidentMaps, Validity
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.shared_arrays import SharedArrays
 from dino_depth.pretrain.train import pretrain
 from dino_depth.sample import sample_map
+from dino_depth.shards import DepthShards
 from tests.test_distributed import run_ranks
 
 CROPS = CropConfig(global_size=42, local_size=14, local_crops=4)

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import scale
-from dino_depth.pretrain.shards import DepthShards
+from dino_depth.shards import DepthShards
 
 
 def test_synthetic_folders_open_and_are_ordered(tmp_path):

@@ -15,7 +15,7 @@ from data_prep.synthetic.parts import CATEGORIES, triangles
 from data_prep.synthetic.render import Camera, Scene
 from data_prep.synthetic.scenes import build_world, shoot_world
 from dino_depth.cli import main
-from dino_depth.pretrain.shards import DepthShards
+from dino_depth.shards import DepthShards
 
 
 def test_every_family_is_watertight_rests_on_the_table_and_has_random_proportions():

@@ -26,12 +26,12 @@ from data_prep.inspect import InspectConfig, inspect
 from data_prep.output import exclusive
 from data_prep.shards import PrepareConfig, begin, finish, plan, prepare, write_share
 from dino_depth import shard_format
+from dino_depth import shards as reader_shards
 from dino_depth.errors import DataError
 from dino_depth.pretrain import run_folder
-from dino_depth.pretrain import shards as pretrain_shards
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.shard_format import read_samples, shard_file
 from dino_depth.shard_index import COLUMNS, INDEX, NAMES, SampleIndex, read_index
+from dino_depth.shards import DepthShards
 from dino_depth.storage import ShardCache
 from tests.conftest import depth_scene
 
@@ -258,7 +258,7 @@ def test_many_parts_are_joined_with_few_files_open(shards, monkeypatch):
 
 
 def test_a_few_files_are_open_however_many_shards_are_read(shards, monkeypatch):
-    monkeypatch.setattr(pretrain_shards, "OPEN_FILES", 2)
+    monkeypatch.setattr(reader_shards, "OPEN_FILES", 2)
     reader = DepthShards(str(shards))
     before = len(list(Path("/proc/self/fd").iterdir()))
     for index in [*range(0, 84, 5)] * 2:
@@ -283,7 +283,7 @@ def test_only_the_first_rank_looks_at_every_shard(copied, monkeypatch):
         path.write_bytes(path.read_bytes()[:-512])
     with pytest.raises(DataError, match="depth-000001.tar: .* bytes, the manifest says"):
         DepthShards(str(copied))
-    monkeypatch.setattr(pretrain_shards.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(reader_shards.distributed, "rank", lambda: 1)
     reader = DepthShards(str(copied))
     assert reader.sample(0)
     with pytest.raises(DataError, match="depth-000001.tar: sample .* bytes, the manifest says"):

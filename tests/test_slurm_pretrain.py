@@ -18,9 +18,9 @@ import torch
 from slurm_cluster import running_cluster, unavailable
 from test_slurm import SECONDS, SUBMIT, environment_of, fake_slurm, script, until  # noqa: F401 - a fixture
 
+from dino_depth import checkpoint
 from dino_depth.config import PretrainConfig, parse, save_config
 from dino_depth.errors import ConfigError, DataError, GateError, Interrupted
-from dino_depth.pretrain import checkpoint
 from dino_depth.slurm import pretrain
 from dino_depth.slurm.pretrain import MOST_FAILURES, Rank
 from dino_depth.slurm.submission import logs_beside, noted

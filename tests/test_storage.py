@@ -31,8 +31,8 @@ from dino_depth.config import DataConfig
 from dino_depth.errors import ConfigError, DataError, ReportedError
 from dino_depth.pretrain.order import EndlessOrder
 from dino_depth.pretrain.run_folder import RunFolder
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.shard_index import INDEX
+from dino_depth.shards import DepthShards
 from dino_depth.storage import RemotePath, ShardCache, location, redacted
 from tests.conftest import depth_scene
 
@@ -562,7 +562,7 @@ def test_forked_workers_fetch_for_themselves(shards, serve, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pretraining_from_a_server_is_bit_for_bit_that_from_the_folder(tiny, shards, serve, tmp_path, workers):
-    from dino_depth.pretrain import checkpoint
+    from dino_depth import checkpoint
     from dino_depth.pretrain.train import pretrain
     from tests.test_pretrain import assert_same
 

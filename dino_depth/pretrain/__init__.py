@@ -1,1 +1,1 @@
-"""DINO-v2 pretraining on depth maps: shards, crops, student and teacher, losses, health, and the probe of encoders."""
+"""DINO-v2 pretraining on depth maps: crops, batches, student and teacher, losses, health, and the loop."""

@@ -23,14 +23,14 @@ from pathlib import Path
 from torch import nn
 
 import dino_depth
+from dino_depth import checkpoint
 from dino_depth.config import PretrainConfig
 from dino_depth.errors import ConfigError, DataError, Interrupted
-from dino_depth.pretrain import checkpoint
-from dino_depth.pretrain.probe import ProbeConfig, choose_maps, count_seen, label_maps
-from dino_depth.pretrain.readout import FIGURES
 from dino_depth.pretrain.run_folder import RunFolder
-from dino_depth.pretrain.shards import DepthShards
+from dino_depth.probing.figures import FIGURES
+from dino_depth.probing.probe import ProbeConfig, choose_maps, count_seen, label_maps
 from dino_depth.progress import Progress
+from dino_depth.shards import DepthShards
 from dino_depth.storage import ShardCache
 
 __all__ = ["Best", "Evaluations", "check_evaluation", "choose_checkpoint", "find_best", "read_evaluations"]
@@ -195,7 +195,7 @@ class Evaluations:
 
         Args:
             step: steps done.
-            teacher: what :func:`dino_depth.pretrain.checkpoint.load_backbone` reads, on any device.
+            teacher: what :func:`dino_depth.checkpoint.load_backbone` reads, on any device.
         """
         if not self.active:
             return

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dino_depth import checkpoint
 from dino_depth.config import ModelConfig, PretrainConfig, load_config
 from dino_depth.encoder import read_backbone
 from dino_depth.errors import ConfigError, ReportedError
-from dino_depth.pretrain import checkpoint
 from dino_depth.pretrain.pictures import is_network_of_pictures, read_pictures
 from dino_depth.pretrain.student_teacher import Networks
 from dino_depth.vit import resize_position_embedding

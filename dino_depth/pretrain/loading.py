@@ -22,8 +22,8 @@ from dino_depth.pretrain.maps import Maps, MapsInMemory, MapsInShards, Reader
 from dino_depth.pretrain.masks import draw_masks
 from dino_depth.pretrain.order import EndlessOrder
 from dino_depth.pretrain.resident import ResidentMaps
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.resample import resample
+from dino_depth.shards import DepthShards
 
 __all__ = ["SIGNALS", "Passes", "make_loader", "next_batch", "on_device", "open_maps", "order_of", "positions"]
 

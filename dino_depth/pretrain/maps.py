@@ -16,10 +16,10 @@ import numpy as np
 
 from dino_depth import distributed
 from dino_depth.depth import CODINGS, UNIT, DepthMap
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.shared_arrays import SharedArrays
 from dino_depth.progress import Progress
 from dino_depth.sample import sample_map
+from dino_depth.shards import DepthShards
 
 __all__ = ["Maps", "MapsInMemory", "MapsInShards", "Reader"]
 

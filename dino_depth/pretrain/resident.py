@@ -19,10 +19,10 @@ from dino_depth.config import CropConfig, DataConfig
 from dino_depth.depth import Normalization, normalize
 from dino_depth.errors import ConfigError, ReportedError
 from dino_depth.pretrain.crops import GLOBAL_CROPS
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.shared_arrays import SharedArrays
 from dino_depth.progress import Progress
 from dino_depth.resample import Pyramid
+from dino_depth.shards import DepthShards
 
 __all__ = ["ResidentMaps", "Validity"]
 

@@ -19,7 +19,7 @@ from dino_depth import __version__, distributed
 from dino_depth.config import PretrainConfig, load_config, save_config
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.lock import EXCLUSIVE, locked
-from dino_depth.pretrain.shards import DepthShards
+from dino_depth.shards import DepthShards
 from dino_depth.storage import redacted
 
 __all__ = ["RunFolder", "git_revision", "library_versions"]

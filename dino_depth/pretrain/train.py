@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dino_depth import distributed
+from dino_depth import checkpoint, distributed
 from dino_depth.compiled import compiling, probe_compiler
 from dino_depth.config import PretrainConfig
 from dino_depth.device import autocast, gpu_figures, has_bfloat16_units, pick_device, reuse_memory
 from dino_depth.errors import ConfigError, Interrupted, ReportedError
-from dino_depth.pretrain import checkpoint
 from dino_depth.pretrain.batch import Batch
 from dino_depth.pretrain.crops import check_crops
 from dino_depth.pretrain.distill import check_second_teacher
@@ -27,11 +26,11 @@ from dino_depth.pretrain.maps import Maps
 from dino_depth.pretrain.optim import clip, schedule, set_rates
 from dino_depth.pretrain.overlap import Behind, ahead
 from dino_depth.pretrain.run_folder import RunFolder
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.pretrain.state import TrainingState
 from dino_depth.pretrain.stop import Stop
 from dino_depth.pretrain.student_teacher import Networks, Student, teacher_targets, update_teacher
 from dino_depth.progress import Progress, peak_memory
+from dino_depth.shards import DepthShards
 from dino_depth.vit import probe_attention
 
 __all__ = ["check_settings", "pretrain"]

@@ -26,15 +26,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dino_depth import __version__
+from dino_depth import checkpoint as checkpoints
 from dino_depth.config import PretrainConfig, load_config
 from dino_depth.depth import DepthMap
 from dino_depth.encoder import Encoder, load_encoder
 from dino_depth.errors import ConfigError, DataError, GateError, ReportedError
 from dino_depth.onnx_file import require_onnx
-from dino_depth.pretrain import checkpoint as checkpoints
 from dino_depth.pretrain.in_loop import choose_checkpoint
 from dino_depth.pretrain.run_folder import library_versions
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.progress import Progress
 from dino_depth.publish.model_card import Subject, TrainingData, license_text, training_data, write_json, write_papers
 from dino_depth.publish.model_folders import (
@@ -45,6 +44,7 @@ from dino_depth.publish.model_folders import (
 )
 from dino_depth.publish.parity import Model, compare, worst
 from dino_depth.resample import fit_square
+from dino_depth.shards import DepthShards
 from dino_depth.vit import DepthTransformer, resize_position_embedding
 
 __all__ = ["ExportConfig", "export"]

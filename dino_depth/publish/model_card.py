@@ -18,8 +18,8 @@ from dino_depth.depth import Normalization
 from dino_depth.errors import ReportedError
 from dino_depth.licences import non_commercial
 from dino_depth.pretrain.run_folder import git_revision, library_versions
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.publish.parity import worst
+from dino_depth.shards import DepthShards
 
 __all__ = ["Subject", "TrainingData", "license_text", "training_data", "write_json", "write_papers"]
 

@@ -19,9 +19,9 @@ from dino_depth.errors import DataError
 from dino_depth.picture import MISSING, VIRIDIS, colour, data_uri, write_page
 from dino_depth.pretrain.crops import multi_crop
 from dino_depth.pretrain.in_loop import Best, find_best, read_evaluations
-from dino_depth.pretrain.probe import ProbeConfig, choose_maps, collect_features, load_with_twin, pca_colours
-from dino_depth.pretrain.readout import FIGURES
-from dino_depth.pretrain.shards import DepthShards
+from dino_depth.probing.figures import FIGURES
+from dino_depth.probing.probe import ProbeConfig, choose_maps, collect_features, load_with_twin, pca_colours
+from dino_depth.shards import DepthShards
 
 __all__ = ["Chart", "charts", "evaluation_charts", "read_metrics", "write_report"]
 

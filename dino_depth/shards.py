@@ -1,4 +1,4 @@
-"""Depth maps out of WebDataset tars by index, in any order (see ``order.py`` for the one training takes).
+"""Depth maps out of WebDataset tars by index, in any order (see ``pretrain/order.py`` for the one training takes).
 
 Where a map lies, and what it is, stands in the folder's index, which is mapped into memory (``shard_index.py``):
 opening ten million maps costs no more than opening ten, and processes of one machine share them. Of a remote folder

@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_depth import checkpoint
 from dino_depth.config import DataConfig, PretrainConfig, load_config
 from dino_depth.device import pick_device
 from dino_depth.encoder import Encoder
 from dino_depth.errors import ConfigError, DataError
-from dino_depth.pretrain import checkpoint
-from dino_depth.pretrain.readout import (
+from dino_depth.probing.figures import (
     FIGURES,
     bootstrap,
     demo_gate,
@@ -37,10 +37,10 @@ from dino_depth.pretrain.readout import (
     print_table,
     query_rows,
 )
-from dino_depth.pretrain.shards import DepthShards
 from dino_depth.progress import Progress
 from dino_depth.readout import Moments, fit_ridge, knn
 from dino_depth.resample import fit_square
+from dino_depth.shards import DepthShards
 from dino_depth.storage import location
 from dino_depth.surface import patch_geometry
 from dino_depth.vit import DepthTransformer
