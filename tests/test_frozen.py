@@ -117,7 +117,7 @@ def test_rows_come_before_columns(dinov2):
 
 
 @pytest.mark.parametrize(
-    ("name", "prefix"), [("test_vit", 1), ("test_vit2", 1), ("test_vit3", 1), ("vit_tiny_patch16_dinov3_qkvb", 5)]
+    ("name", "prefix"), [("test_vit", 1), ("test_vit2", 1), ("test_vit3", 1), ("vit_small_patch16_dinov3_qkvb", 5)]
 )
 def test_timm_features_are_the_librarys_normalised_patch_tokens(name, prefix):
     encoder = load_frozen(f"random:timm:{name}?seed=3", modality="image")
