@@ -233,7 +233,8 @@ def test_contrast_in_closed_form():
     # Orthonormal and alike in both modalities; constants; n cells alike among others that are orthogonal.
     count = 64
     expected = math.log(1 + (count - 1) * math.exp(-1 / 0.07))
-    assert float(method.contrast(torch.eye(count), torch.eye(count), 0.07)) == pytest.approx(expected, rel=1e-3)
+    apart = torch.eye(count, dtype=torch.float64)  # what is left of 1 / 0.07 has two digits in float32
+    assert float(method.contrast(apart, apart, 0.07)) == pytest.approx(expected, rel=1e-6)
     assert math.log(1 + 4095 * math.exp(-1 / 0.07)) == pytest.approx(0.00255, abs=5e-5)
     constant = torch.ones(count, 5)
     assert float(method.contrast(constant, constant, 0.07)) == pytest.approx(math.log(count), rel=1e-6)
