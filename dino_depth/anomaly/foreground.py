@@ -76,7 +76,8 @@ def _largest(valid: np.ndarray, config: ForegroundConfig) -> np.ndarray:
         box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # all else is background
         labels, count = ndimage.label(_opened(valid[box]))
     if not count:
-        raise DataError(f"no object in the depth map: foreground.method {config.method} leaves nothing of it")
+        flat = f": a part flatter than foreground.tolerance {config.tolerance:g} m?" if config.method == "plane" else ""
+        raise DataError(f"no object in the depth map: foreground.method {config.method} leaves nothing of it{flat}")
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     shown = np.zeros_like(valid)
