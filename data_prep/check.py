@@ -18,7 +18,7 @@ from data_prep.item import repeated
 from data_prep.manifest import config_differences, count, digest_json, digest_pieces, file_fault, stored_shards
 from data_prep.plausibility import PlausibilityConfig, Summary, implausible, summarise
 from data_prep.workers import available_cores
-from dino_depth.depth import LAST_CODE, UNIT
+from dino_depth.depth import LAST_CODE, UNIT, DepthMap, fit_plane, plane_share
 from dino_depth.errors import DataError
 from dino_depth.progress import Progress
 from dino_depth.sample import sample_map
@@ -36,6 +36,7 @@ PLACE = ("dataset", "category", "split", "label")
 Place = tuple[str, str, str, str]
 Found = tuple[str, dict, Summary]  # key, description and figures of a sample
 DOUBTS_SHOWN = 3
+PLANE_SLACK = 0.02  # of the share of pixels on a map's plane, which other machines may find by a little another
 
 
 @dataclass
@@ -229,9 +230,22 @@ def _check_sample(png: bytes, json: bytes) -> tuple[dict, Summary]:
     expected = (1, LAST_CODE) if description["near"] < description["far"] else (1, 1)
     if used != expected:
         raise DataError(f"codes run over {used}, expected {expected}")
+    _check_plane(depth_map)
     if description.get("distinct", summary.distinct) != summary.distinct:
         raise DataError(f"{summary.distinct} distinct codes, {JSON} says {description['distinct']!r}")
     return description, summary
+
+
+def _check_plane(depth_map: DepthMap):
+    """The stored plane against the map; sums are rounded in other ways on other machines, so not bit for bit."""
+    if depth_map.plane is None:
+        return
+    (plane, stated), (fitted, share) = depth_map.plane, fit_plane(depth_map)
+    if stated == share and np.array_equal(plane, fitted):
+        return
+    found = plane_share(depth_map, plane)
+    if abs(found - stated) > PLANE_SLACK or found < share - PLANE_SLACK:
+        raise DataError(f"its plane holds {found:.3f} of the map, {JSON} says {stated:.3f}; the best holds {share:.3f}")
 
 
 def _check_description(description: dict):

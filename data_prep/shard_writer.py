@@ -23,7 +23,7 @@ from data_prep.plausibility import PlausibilityConfig, refuse_unless_plausible, 
 from data_prep.pseudo_depth import FlatDepth, Model, PseudoDepthConfig
 from data_prep.shrink import shrink
 from data_prep.workers import available_cores
-from dino_depth.depth import UNIT, Coding, DepthMap, codes_png, encode
+from dino_depth.depth import UNIT, Coding, DepthMap, codes_png, encode, fit_plane_of_codes
 from dino_depth.errors import DataError
 from dino_depth.shard_format import JSON, PNG, shard_file
 from dino_depth.shard_index import index_shard
@@ -225,12 +225,13 @@ def _members(task: ShardTask, item: Item, depth_map: DepthMap, extra: dict) -> M
     summary = summarise(codes, near, far, depth_map.kind, task.coding)
     refuse_unless_plausible(depth_map, codes, summary, task.plausible, task.reader, item.options)
     height, width = depth_map.depth.shape
+    plane, share = fit_plane_of_codes(codes, near, far, depth_map.kind, task.coding)
     description = {
         **item.extra, **extra, "near": near, "far": far, "coding": task.coding, "median": summary.median,
         "distinct": summary.distinct, "unit": UNIT[depth_map.kind], "kind": depth_map.kind,
         "source": item.source, "dataset": item.dataset, "category": item.category, "split": item.split,
         "label": item.label, "group": item.group, "height": height, "width": width,
-        "valid_fraction": summary.valid,
+        "valid_fraction": summary.valid, "plane": [*map(float, plane), share],
     }  # fmt: skip
     return [(PNG, codes_png(codes)), (JSON, json.dumps(description, sort_keys=True).encode())]
 

@@ -12,6 +12,7 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -22,11 +23,13 @@ from dino_depth.errors import DataError
 
 __all__ = [
     "CODINGS", "DepthMap", "Normalization", "code_depth", "codes_png", "coding_step", "decode", "decode_png", "encode",
-    "encode_png", "fit_plane", "grey", "grey_map", "grid_stride", "normalize", "read_codes",
+    "encode_png", "fit_plane", "fit_plane_of_codes", "grey", "grey_map", "grid_stride", "normalize", "plane_share",
+    "read_codes",
 ]  # fmt: skip
 
 Kind = Literal["metric", "relative"]
 Coding = Literal["linear", "inverse"]
+Plane = tuple[np.ndarray, float]  # (3,) float32 coefficients, and the share of valid pixels on it
 CODINGS = get_args(Coding)
 LAST_CODE = 65535
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
@@ -45,6 +48,7 @@ class DepthMap:
         depth: (height, width) float32, metres or relative, larger is farther; 0 where not valid.
         valid: (height, width) bool.
         kind: "metric" (metres) or "relative" (unknown scale).
+        plane: what :func:`fit_plane` says of it, where that is known beforehand.
 
     Raises:
         DataError: shapes differ, a valid value is not finite or not positive, or no pixel is valid.
@@ -53,6 +57,7 @@ class DepthMap:
     depth: np.ndarray
     valid: np.ndarray
     kind: Kind = "metric"
+    plane: "Plane | None" = None
 
     def __post_init__(self):
         depth, valid = np.asarray(self.depth), np.asarray(self.valid)
@@ -130,8 +135,18 @@ def encode(depth_map: DepthMap, coding: Coding = "linear") -> tuple[np.ndarray, 
     return codes.astype(np.uint16), near, far
 
 
-def decode(codes: np.ndarray, near: float, far: float, kind: Kind = "metric", coding: Coding = "linear") -> DepthMap:
+def decode(
+    codes: np.ndarray,
+    near: float,
+    far: float,
+    kind: Kind = "metric",
+    coding: Coding = "linear",
+    plane: Plane | None = None,
+) -> DepthMap:
     """The inverse of :func:`encode`.
+
+    Args:
+        plane: of the map, where it is known.
 
     Raises:
         DataError: the codes are not uint16, ``near`` and ``far`` are not 0 < near <= far, the coding is unknown, or
@@ -139,7 +154,7 @@ def decode(codes: np.ndarray, near: float, far: float, kind: Kind = "metric", co
     """
     if codes.dtype != np.uint16 or codes.ndim != 2:
         raise DataError(f"depth codes must be (height, width) uint16, got {codes.shape} {codes.dtype}")
-    return DepthMap(code_depth(codes, near, far, coding), codes > 0, kind)
+    return DepthMap(code_depth(codes, near, far, coding), codes > 0, kind, plane)
 
 
 def code_depth(codes: np.ndarray | int, near: float, far: float, coding: Coding = "linear") -> np.ndarray:
@@ -269,7 +284,7 @@ def _height(depth_map: DepthMap, normalization: Normalization) -> np.ndarray:
     median = float(np.median(depth[depth_map.valid]))
     metric = depth_map.kind == "metric"
     scale = normalization.scale if metric else normalization.scale_relative * median
-    plane, support = fit_plane(depth_map)
+    plane, support = depth_map.plane or fit_plane(depth_map)
     if bounded:
         nearest, farthest = median / HORIZON, median * HORIZON
         weight = np.float32(np.clip(support / max(start, 1e-6) - 1, 0, 1))
@@ -296,9 +311,7 @@ def grid_stride(pixels: int) -> int:
     return max(1, int(math.sqrt(pixels / 4096)))
 
 
-def fit_plane(
-    depth_map: DepthMap, tolerance: float = PLANE_TOLERANCE, trials: int = PLANE_TRIALS
-) -> tuple[np.ndarray, float]:
+def fit_plane(depth_map: DepthMap, tolerance: float = PLANE_TOLERANCE, trials: int = PLANE_TRIALS) -> Plane:
     """The plane that holds most pixels, by seeded RANSAC on a thinned grid and least squares on its inliers.
 
     Under a pinhole camera a plane is affine in the *inverse* depth of its pixels, so metric maps are fitted as
@@ -311,19 +324,52 @@ def fit_plane(
     Returns:
         (3,) float32 coefficients and the share of valid pixels on the plane.
     """
-    depth, valid = depth_map.depth, depth_map.valid
-    stride = grid_stride(depth.size)
-    rows, columns = np.nonzero(valid[::stride, ::stride])
-    z = depth[::stride, ::stride][rows, columns].astype(np.float64)
-    if len(z) < 3:
-        return np.zeros(3, np.float32), 0.0
-    points = np.stack([columns, rows], 1) * (stride / max(depth.shape))
-    points = np.concatenate([points, np.ones((len(z), 1))], 1)  # (pixels, 3)
-    median = np.median(z)
-    target = 1 / z if depth_map.kind == "metric" else z
+    return _fit(*_thinned(depth_map.depth), depth_map.kind, tolerance, trials)
+
+
+def fit_plane_of_codes(
+    codes: np.ndarray, near: float, far: float, kind: Kind = "metric", coding: Coding = "linear"
+) -> Plane:
+    """:func:`fit_plane` of what :func:`decode` makes of codes, bit for bit; only the thinned grid is decoded."""
+
+    def depth(thin: np.ndarray) -> np.ndarray:
+        return np.where(thin > 0, code_depth(thin, near, far, coding), 0).astype(np.float32)
+
+    return _fit(*_thinned(codes, depth), kind, PLANE_TOLERANCE, PLANE_TRIALS)
+
+
+def plane_share(depth_map: DepthMap, plane: np.ndarray, tolerance: float = PLANE_TOLERANCE) -> float:
+    """The share of those pixels that :func:`fit_plane` looks at which lie on a plane (3,)."""
+    points, depth = _thinned(depth_map.depth)
+    if not len(depth):
+        return 0.0
+    target, limit = _target(depth, depth_map.kind, tolerance)
+    return float((np.abs(points @ plane - target) < limit).mean())
+
+
+def _thinned(
+    values: np.ndarray, depth: Callable[[np.ndarray], np.ndarray] = np.asarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(pixels, 3) column, row and 1 of the valid ones of every few pixels of a map, and (pixels,) float64 depth."""
+    stride = grid_stride(values.size)
+    thin = depth(values[::stride, ::stride])
+    rows, columns = np.nonzero(thin)
+    points = np.stack([columns, rows], 1) * (stride / max(values.shape))
+    return np.concatenate([points, np.ones((len(rows), 1))], 1), thin[rows, columns].astype(np.float64)
+
+
+def _target(depth: np.ndarray, kind: Kind, tolerance: float) -> tuple[np.ndarray, float]:
+    """What is affine on a plane, (pixels,), and how far a pixel on it may be off."""
+    median = float(np.median(depth))
     # An error in inverse depth is worth depth^2 in depth; the median depth is close enough for a tolerance.
-    limit = tolerance / median if depth_map.kind == "metric" else tolerance * median
-    triples = np.random.default_rng(0).integers(0, len(z), (trials, 3))
+    return (1 / depth, tolerance / median) if kind == "metric" else (depth, tolerance * median)
+
+
+def _fit(points: np.ndarray, depth: np.ndarray, kind: Kind, tolerance: float, trials: int) -> Plane:
+    if len(depth) < 3:
+        return np.zeros(3, np.float32), 0.0
+    target, limit = _target(depth, kind, tolerance)
+    triples = np.random.default_rng(0).integers(0, len(depth), (trials, 3))
     corners = points[triples]  # (trials, 3 points, 3)
     usable = np.abs(np.linalg.det(corners)) > 1e-4
     if not usable.any():

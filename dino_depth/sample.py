@@ -6,11 +6,12 @@ channel: 16-bit depth comes out as 255 wherever its code is above 255, which is 
     dataset = webdataset.WebDataset("shards/depth-{000000..000007}.tar").decode(depth_handler).map(with_depth_map)
 """
 
+import math
 from typing import Any
 
 import numpy as np
 
-from dino_depth.depth import DepthMap, decode, read_codes
+from dino_depth.depth import DepthMap, Plane, decode, read_codes
 from dino_depth.errors import DataError
 
 __all__ = ["depth_handler", "sample_map", "with_depth_map"]
@@ -22,14 +23,25 @@ def sample_map(codes: np.ndarray, description: dict[str, Any]) -> DepthMap:
     """The map of codes (height, width) uint16 that a sample's ``json`` describes.
 
     Raises:
-        DataError: the description lacks ``near``, ``far`` or ``kind``, or contradicts the codes.
+        DataError: the description lacks ``near``, ``far`` or ``kind``, or contradicts the codes; its ``plane`` is none.
     """
     try:
         near, far, kind = (description[key] for key in ("near", "far", "kind"))
     except (KeyError, TypeError) as error:
         raise DataError(f"the sample's json lacks {error}") from None
-    # Shards of before there was another coding do not name theirs.
-    return decode(codes, near, far, kind, description.get("coding", "linear"))
+    # Shards of before there was another coding do not name theirs, nor those of before planes were stored their plane.
+    return decode(codes, near, far, kind, description.get("coding", "linear"), _plane(description.get("plane")))
+
+
+def _plane(stored: Any) -> Plane | None:
+    if stored is None:
+        return None
+    numbers = stored if isinstance(stored, list) else []
+    if len(numbers) != 4 or any(type(number) not in (int, float) or not math.isfinite(number) for number in numbers):
+        raise DataError(f"plane must be three coefficients and a share, got {stored!r}")
+    if not 0 <= numbers[3] <= 1:
+        raise DataError(f"plane must have a share from 0 to 1, got {numbers[3]}")
+    return np.array(numbers[:3], np.float32), float(numbers[3])
 
 
 def depth_handler(key: str, data: bytes) -> np.ndarray | None:

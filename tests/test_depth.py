@@ -21,7 +21,9 @@ from dino_depth.depth import (
     encode,
     encode_png,
     fit_plane,
+    fit_plane_of_codes,
     normalize,
+    plane_share,
     read_codes,
 )
 from dino_depth.errors import DataError
@@ -281,6 +283,28 @@ def test_without_a_supporting_plane_the_median_depth_is_the_reference():
     for formula, curve in ((1, expected), (2, 2 * np.arcsinh(expected / 2))):
         value = normalize(depth_map, Normalization("plane", formula=formula))
         assert np.allclose(value[depth_map.valid], curve[depth_map.valid], atol=1e-4)
+
+
+@pytest.mark.parametrize("coding", ["linear", "inverse"])
+@pytest.mark.parametrize("kind", ["metric", "relative"])
+@pytest.mark.parametrize("size", [(60, 80), (150, 131), (320, 400), (1, 2), (5, 4)])
+def test_the_plane_of_codes_is_that_of_the_decoded_map(monkeypatch, size, kind, coding):
+    """Bit for bit, as is what the network sees by it; the fit is not made twice."""
+    random = np.random.default_rng(size)
+    values = 1 / (0.2 * np.linspace(0, 1, size[1]) + 2 + np.zeros(size)) + random.normal(0, 1e-4, size)
+    values[random.random(size) < 0.2] += 0.03
+    values[random.random(size) < 0.1] = 0
+    values[0, 0] = 0.5
+    codes, near, far = encode(DepthMap.from_values(values, kind), coding)
+    decoded = decode(codes, near, far, kind, coding)
+    plane, share = fit_plane_of_codes(codes, near, far, kind, coding)
+    wanted = fit_plane(decoded)
+    assert np.array_equal(plane, wanted[0]) and plane.dtype == np.float32 and share == wanted[1]
+    assert plane_share(decoded, plane) == pytest.approx(share, abs=2e-3)
+    expected = normalize(decoded, Normalization())
+    monkeypatch.setattr("dino_depth.depth.fit_plane", None)
+    known = decode(codes, near, far, kind, coding, (plane, share))
+    assert np.array_equal(normalize(known, Normalization()), expected)
 
 
 def plane_by_hand(depth_map, formula, start=0.2, scale=0.05):

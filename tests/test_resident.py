@@ -15,7 +15,7 @@ import torch
 
 from dino_depth import distributed
 from dino_depth.config import CropConfig, DataConfig
-from dino_depth.depth import DepthMap, encode, normalize
+from dino_depth.depth import DepthMap, encode, fit_plane_of_codes, normalize
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.pretrain import maps as maps_module
 from dino_depth.pretrain import resident
@@ -45,7 +45,11 @@ class Maps(list):
     def codes(self, index):
         coding = ("linear", "inverse")[index // 2 % 2]
         codes, near, far = encode(self[index], coding)
-        return codes, {"near": near, "far": far, "kind": self[index].kind, "coding": coding}
+        description = {"near": near, "far": far, "kind": self[index].kind, "coding": coding}
+        if index % 3:  # shards of before planes were stored have none
+            plane, share = fit_plane_of_codes(codes, near, far, self[index].kind, coding)
+            description["plane"] = [*map(float, plane), share]
+        return codes, description
 
 
 def random_maps(count=9):
@@ -88,7 +92,9 @@ def test_maps_in_memory_are_those_that_are_stored():
         wanted = sample_map(*maps.codes(index))
         valid, found = kept.load(index)
         assert np.array_equal(found.depth, wanted.depth) and np.array_equal(valid, wanted.valid)
-        assert found.kind == wanted.kind
+        assert found.kind == wanted.kind and (found.plane is None) == (wanted.plane is None) == (index % 3 == 0)
+        if found.plane:
+            assert np.array_equal(found.plane[0], wanted.plane[0]) and found.plane[1] == wanted.plane[1]
 
 
 def test_a_bad_map_is_named_before_training_begins(shards):

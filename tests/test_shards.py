@@ -30,7 +30,7 @@ import data_prep
 from data_prep import manifest as manifests
 from data_prep import mvtec3d, shards, workers
 from data_prep.archives import RawFile
-from data_prep.check import CheckConfig, check
+from data_prep.check import CheckConfig, _check_plane, check
 from data_prep.folder import FolderOptions
 from data_prep.item import FolderItems, Item, repeated, sample_keys
 from data_prep.listing import READERS, list_source
@@ -38,8 +38,9 @@ from data_prep.manifest import digest_file, digest_json
 from data_prep.plausibility import PlausibilityConfig
 from data_prep.shards import PrepareConfig, plan, prepare
 from data_prep.shrink import shrink
-from dino_depth.depth import DepthMap, decode_png
+from dino_depth.depth import DepthMap, decode_png, fit_plane
 from dino_depth.errors import ConfigError, DataError, Interrupted, ReportedError
+from dino_depth.shards import DepthShards
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -106,6 +107,8 @@ def test_stock_webdataset_reads_the_shards(raw, finished):
         assert np.abs(depth_map.depth - points[..., 2])[depth_map.valid].max() <= half_a_code + 1e-7
         assert (description["height"], description["width"]) == depth_map.depth.shape == (18, 24)
         assert description["valid_fraction"] == depth_map.valid.mean()
+        plane, share = fit_plane(depth_map)
+        assert description["plane"] == [*map(float, plane), share]
         assert (description["unit"], description["kind"], description["group"]) == ("m", "metric", None)
         place = "-".join(description[key] for key in ("split", "label"))
         assert sample["__key__"].startswith(f"mvtec3d/{description['category']}/{place}-")
@@ -651,6 +654,13 @@ FIRST = "depth-000001.tar: sample mvtec3d/bagel/train-good-001: "
         (edit_json(width=True), FIRST + "json: width is True"),
         (edit_json(valid_fraction=0.5), FIRST + "valid_fraction is"),
         (edit_json(label="absent"), FIRST + "json lacks label"),
+        (edit_json(plane=[0.0, 0.0, 1.0, 1.0]), FIRST + r"its plane holds 0.\d+ of the map, json says 1.000"),
+        (edit_json(plane=[0.0, 0.0, 0.0, 0.0]), FIRST + "its plane holds 0.000 of the map, json says 0.000; the best"),
+        (edit_json(plane=[0.0, 0.0, 1.0]), FIRST + r"plane must be three coefficients and a share, got \[0.0"),
+        (edit_json(plane=[0.0, 0.0, float("nan"), 1.0]), FIRST + "plane must be three coefficients and a share"),
+        (edit_json(plane=[0.0, 0.0, True, 1.0]), FIRST + "plane must be three coefficients and a share"),
+        (edit_json(plane=[0.0, 0.0, 1.0, 1.5]), FIRST + "plane must have a share from 0 to 1, got 1.5"),
+        (edit_json(plane="level"), FIRST + "plane must be three coefficients and a share, got 'level'"),
         (edit_json(group="absent"), FIRST + "json lacks group"),
         (edit_json(kind="inches"), FIRST + "json: unit 'm' does not fit kind 'inches'"),
         (edit_json(label="crack"), "manifest.json disagrees with the samples: counts.mvtec3d.bagel.train.crack"),
@@ -675,6 +685,14 @@ def test_check_finds_wrong_content(copy, edit, message):
     edit_shard(copy, edit)
     with pytest.raises(DataError, match=message):
         check(CheckConfig(str(copy)))
+
+
+def test_a_plane_rounded_on_another_machine_is_believed(finished):
+    depth_map, _ = DepthShards(str(finished[0])).sample(0)
+    plane, share = depth_map.plane
+    _check_plane(dataclasses.replace(depth_map, plane=(plane * np.float32(1 + 1e-6), share + 1e-4)))
+    with pytest.raises(DataError, match="its plane holds"):
+        _check_plane(dataclasses.replace(depth_map, plane=(plane * np.float32(1.1), share)))
 
 
 def test_check_finds_a_shard_cut_at_a_member(copy):

@@ -5,6 +5,7 @@ device. What is cut, and from which values, is the same: bit for bit from shards
 device (``resident.py``).
 """
 
+import math
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,7 @@ class _Codes:
             self.arrays[name][index] = description[name]
         self.arrays["kind"][index] = KINDS.index(description["kind"])
         self.arrays["coding"][index] = CODINGS.index(description.get("coding", "linear"))
+        self.arrays["plane"][4 * index : 4 * index + 4] = description.get("plane", np.nan)
 
     def of(self, index: int) -> np.ndarray:
         """(height, width) uint16."""
@@ -81,6 +83,8 @@ class _Codes:
     def load(self, index: int) -> tuple[np.ndarray, DepthMap]:
         description = {name: float(self.arrays[name][index]) for name in ("near", "far")}
         description |= {"kind": KINDS[self.arrays["kind"][index]], "coding": CODINGS[self.arrays["coding"][index]]}
+        plane = self.arrays["plane"][4 * index : 4 * index + 4].tolist()
+        description["plane"] = None if math.isnan(plane[0]) else plane
         depth_map = sample_map(self.of(index), description)
         return depth_map.valid, depth_map
 
@@ -101,6 +105,7 @@ class MapsInMemory:
         layout = {"codes": (int(shapes.prod(1).sum()), "<u2"), "starts": (len(shards) + 1, "<i8")}
         layout |= {"widths": (len(shards), "<i8"), "near": (len(shards), "<f8"), "far": (len(shards), "<f8")}
         layout |= {"kind": (len(shards), "<u1"), "coding": (len(shards), "<u1")}
+        layout |= {"plane": (4 * len(shards), "<f8")}
         alike = [rank for rank, name in enumerate(distributed.gather(_machine())) if name == _machine()]
         leads = distributed.rank() == alike[0]
         arrays = SharedArrays(layout) if leads else None
