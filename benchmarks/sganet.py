@@ -61,6 +61,7 @@ ROWS = {
     "untrained_image": ("untrained, image alone", sganet, replace(UNTRAINED, modality="image")),
     "untrained_depth": ("untrained, depth alone", sganet, replace(UNTRAINED, modality="depth")),
     **{f"untrained_{k}": (f"untrained, K = {k}", sganet, replace(UNTRAINED, candidates=k)) for k in (1, 2, 4, 16)},
+    **{f"base_near_{k}": (f"base, k = {k}", sganet, replace(BASE, neighbours=k)) for k in (1, 3, 4)},
     **{f"all_{k}": (f"all losses, K = {k}", sganet, replace(PLAIN, candidates=k)) for k in (2, 4, 6, 10)},
     **{f"near_{k}": (f"all losses, k = {k}", sganet, replace(PLAIN, neighbours=k)) for k in (1, 3, 4)},
 }  # fmt: skip
