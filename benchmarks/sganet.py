@@ -19,6 +19,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,15 +82,14 @@ def measure(options: argparse.Namespace):
         test = [Views(sample, store, resident=True) for sample in benchmark.samples(category, "test")]
         truth = [sample.read_truth() for sample in benchmark.samples(category, "test")]
         for row in wanted:
-            found = {"object": category, "row": row} | scored(row, train, test, truth)
+            found = {"object": category, "row": row} | scored(*ROWS[row][1:], train, test, truth)
             with out.open("a") as file:
                 file.write(json.dumps(found) + "\n")
             print(json.dumps(found), flush=True)
 
 
-def scored(row: str, train: list[Views], test: list[Views], truth: list) -> dict[str, float]:
-    """The metrics of a row on one object."""
-    _, head, config = ROWS[row]
+def scored(head: Any, config: Any, train: list[Views], test: list[Views], truth: list) -> dict[str, float]:
+    """The metrics of a head, its module and its settings, on one object."""
     start = time.process_time()
     model = fit_model(head, config, PrepareConfig(), Context(0, CPU), train)
     fitted = time.process_time() - start

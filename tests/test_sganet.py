@@ -1,8 +1,10 @@
 """SGANet: its equations against float64 transcriptions, what they must be in closed form, and the whole head."""
 
+import importlib
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -783,3 +785,29 @@ def test_a_run_whose_head_learned_by_heart_is_refused_or_reported(tmp_path):
             assert set(trial["checks"]) == {"gap", "distance", "spread"}
         line = json.loads((tmp_path / gates / "metrics.jsonl").read_text())
         assert line["instances"] == 1 and line["distance"] > 0 and line["verdict"].startswith("memorised")
+
+
+def test_the_linear_mapping_of_the_benchmark_finds_what_is_linear(monkeypatch):
+    """Against numpy's least squares; a cell that breaks the rule is told, and only in what it breaks it by."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    linear = importlib.import_module("linear_cfm")
+    random = torch.Generator().manual_seed(0)
+    image, share = torch.randn(2, 6, 6, 3, generator=random), torch.ones(2, 6, 6)
+    share[:, 0] = 0
+    offsets = torch.tensor([[0.0], [2.0]])[:, None, None]
+    depth = image @ torch.randn(3, 3, generator=random) + offsets + 0.01 * torch.randn(2, 6, 6, 3, generator=random)
+    views = SimpleNamespace(image=image, depth=depth, share=share)
+    head = linear.fit([views], linear.Config(penalty=1e-9), None)
+    shown = share.numpy() > 0
+    inputs = np.concatenate([image.numpy()[shown], np.eye(2)[np.nonzero(shown)[0]]], 1)
+    slow = inputs @ np.linalg.lstsq(inputs, depth.numpy()[shown], rcond=None)[0]
+    predicted, _ = head.mappings["depth"].both(views, "depth")
+    mean, deviation = head.mappings["depth"].outputs
+    np.testing.assert_allclose((predicted * deviation + mean).numpy()[shown], slow, atol=1e-4)
+    assert linear.explained(head, "depth", [views]) > 0.999
+    changed = SimpleNamespace(image=image, depth=depth.clone(), share=share)
+    changed.depth[1, 3, 4] = -changed.depth[1, 3, 4]
+    before, after = linear.score(head, views), linear.score(head, changed)
+    assert set(after) == {"image", "depth"} and after["depth"].argmax() == 1 * 36 + 3 * 6 + 4
+    assert before["depth"][share > 0].max() < 1e-2 < after["depth"].max()
+    assert set(linear.score(linear.fit([views], linear.Config(("image",)), None), views)) == {"image"}
