@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import socket
+import zipfile
 from logging import getLogger
 from pathlib import Path
 
@@ -99,15 +100,37 @@ def load(path: Path) -> dict:
     """The state of a checkpoint, on the CPU.
 
     Raises:
-        DataError: the file is missing, cut short or not a checkpoint.
+        DataError: the file is missing, cut short, differs in a single bit from what was written, or is no checkpoint.
     """
+    _check_sums(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its zip reader and unpickler meet
-        raise DataError(f"{path}: unreadable checkpoint: {str(error).splitlines()[0]}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises whatever its unpickler meets
+        raise DataError(f"{path}: unreadable checkpoint: damaged, or more than tensors and plain values") from error
     if not isinstance(state, dict) or not {"step", "teacher"} <= state.keys():
         raise DataError(f"{path}: not a checkpoint of dino-depth pretrain")
     return state
+
+
+def _check_sums(path: Path):
+    """Compares every part of the file with its checksum, which torch writes and never reads.
+
+    Raises:
+        DataError: says what is wrong.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except OSError as error:
+        raise DataError(f"{path}: unreadable checkpoint: {error.strerror or error}") from error
+    except Exception as error:  # zipfile raises whatever broken headers make its parts raise
+        size = path.stat().st_size
+        fault = f"{size} bytes that are no zip archive, cut short or damaged" if size else "the file is empty"
+        raise DataError(f"{path}: unreadable checkpoint: {fault}") from error
+    if damaged:
+        raise DataError(f"{path}: unreadable checkpoint: {damaged} in it is damaged, its checksum differs")
 
 
 def newest(run: Path) -> tuple[Path, dict] | None:

@@ -23,6 +23,7 @@ from dino_depth.config import HealthConfig, PretrainConfig, save_config
 from dino_depth.errors import ConfigError, DataError, GateError, Interrupted, ReportedError
 from dino_depth.pretrain import loading, student_teacher, train
 from dino_depth.pretrain.health import CollapseGate, measure, rankme
+from dino_depth.pretrain.in_loop import choose_checkpoint
 from dino_depth.pretrain.order import EndlessOrder
 from dino_depth.pretrain.student_teacher import Targets
 from dino_depth.pretrain.train import pretrain
@@ -402,20 +403,46 @@ def test_pruning_leaves_what_another_process_is_writing(tiny, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["step-00000009.pt"]
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, capfd):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, tmp_path, capfd):
     pretrain(copy(tiny, tiny.out, train={"steps": 4, "checkpoint_every": 2, "keep": 2}))
     older, newest = checkpoint.checkpoints(Path(tiny.out))
     whole = final_state(tiny.out)
     newest.write_bytes(newest.read_bytes()[:2000])
     path, state = checkpoint.newest(Path(tiny.out))
     assert path == older and state["step"] == 2 and f"{newest}: unreadable checkpoint" in capfd.readouterr().err
+    assert choose_checkpoint(tiny.out, "last")[0] == older
+    capfd.readouterr()
     resumed = copy(tiny, tiny.out, train={"steps": 4, "checkpoint_every": 2, "keep": 2})
     pretrain(dataclasses.replace(resumed, resume=True))
     assert_same(final_state(tiny.out), whole)
-    for path in checkpoint.checkpoints(Path(tiny.out)):
-        path.write_bytes(b"nothing")
+    said = f"{newest}: unreadable checkpoint: 2000 bytes that are no zip archive, cut short or damaged; an older"
+    assert said in capfd.readouterr().err and said in Path(tiny.out, "run.log").read_text()
+    newest.write_bytes(b"")
+    pretrain(dataclasses.replace(copy(tiny, tmp_path / "new", train={"steps": 1}), init_from=tiny.out))
+    assert f"{newest}: unreadable checkpoint: the file is empty; an older" in capfd.readouterr().err
+    older.write_bytes(b"nothing")
     with pytest.raises(DataError, match="none of 2 checkpoints can be read"):
         checkpoint.newest(Path(tiny.out))
+
+
+def test_no_flipped_bit_of_a_checkpoint_becomes_a_weight(tiny, tmp_path):
+    pretrain(copy(tiny, tiny.out, train={"steps": 1}))
+    whole = checkpoint.checkpoint_path(tiny.out, 1).read_bytes()
+    expected = checkpoint.load(checkpoint.checkpoint_path(tiny.out, 1))
+    random, path, refused = np.random.default_rng(0), tmp_path / "step-00000001.pt", 0
+    places = [*range(0, 400, 9), *random.integers(0, len(whole), 60), *(len(whole) - 1 - random.integers(0, 9999, 60))]
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << random.integers(8)
+        path.write_bytes(changed)
+        try:
+            found = checkpoint.load(path)
+        except DataError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}: unreadable checkpoint: ") and len(str(error)) < 300
+        else:  # between the parts of the archive
+            assert_same(found, expected)
+    assert refused > 60
 
 
 def test_resume_takes_both_spellings_of_an_option(tiny, capsys):

@@ -304,7 +304,8 @@ def choose_checkpoint(run: Path, name: str) -> tuple[Path, dict]:
     """The checkpoint file of a run that ``name`` means, and why it is that one.
 
     Args:
-        name: ``last``, ``best`` (by the probes during training), a step that is still there, or a file.
+        name: ``last``, the newest that can be read, ``best`` (by the probes during training), a step that is still
+            there, or a file.
 
     Returns:
         the file, and ``criterion`` (``last``, ``best``, ``step`` or ``file``); for ``best`` with the fields of
@@ -312,12 +313,13 @@ def choose_checkpoint(run: Path, name: str) -> tuple[Path, dict]:
 
     Raises:
         ConfigError: there is no such checkpoint.
+        DataError: none can be read, or the notes about the best one cannot.
     """
-    run, found = Path(run), checkpoint.checkpoints(run)
+    run, kept = Path(run), checkpoint.checkpoints(run)
     if name == "last":
-        if not found:
+        if (found := checkpoint.newest(run)) is None:
             raise ConfigError(f"{run}: no checkpoint yet")
-        return found[-1], {"criterion": "last"}
+        return found[0], {"criterion": "last"}
     if name == "best":
         path = run / "checkpoints" / "best.pt"
         try:
@@ -332,8 +334,8 @@ def choose_checkpoint(run: Path, name: str) -> tuple[Path, dict]:
     if name.isdecimal():
         path = checkpoint.checkpoint_path(run, int(name))
         if not path.is_file():
-            kept = ", ".join(str(_step(path)) for path in found) or "none"
-            raise ConfigError(f"--checkpoint {name}: {run} keeps no checkpoint of that step; it keeps {kept}")
+            steps = ", ".join(str(_step(path)) for path in kept) or "none"
+            raise ConfigError(f"--checkpoint {name}: {run} keeps no checkpoint of that step; it keeps {steps}")
         return path, {"criterion": "step"}
     if not Path(name).is_file():
         raise ConfigError(f"--checkpoint {name}: no such file; or last, best or a step")

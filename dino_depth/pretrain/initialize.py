@@ -62,15 +62,14 @@ def _read(source: str) -> tuple[ModelConfig | None, dict[str, Tensor]]:
             raise type(error)(f"--init_from {error}") from None
         return sizes, {f"backbone.{key}": value for key, value in weights.items()}
     if source.endswith(".pt"):
-        file, run = path, path.resolve().parent.parent
+        state, run = checkpoint.load(path), path.resolve().parent.parent
     elif (path / "config.yaml").is_file():
-        found = checkpoint.checkpoints(path)
-        if not found:
+        if (found := checkpoint.newest(path)) is None:
             raise ConfigError(f"--init_from {source}: no checkpoint yet")
-        file, run = found[-1], path
+        state, run = found[1], path
     else:
         backbone, _ = read_backbone(source)
         return backbone.config, {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
     known = (run / "config.yaml").is_file()
     sizes = load_config(PretrainConfig, run / "config.yaml").model if known else None
-    return sizes, checkpoint.load(file)["teacher"]
+    return sizes, state["teacher"]

@@ -22,7 +22,7 @@ from dino_depth.lock import EXCLUSIVE, locked
 from dino_depth.shards import DepthShards
 from dino_depth.storage import redacted
 
-__all__ = ["RunFolder", "git_revision", "library_versions"]
+__all__ = ["RunFolder", "TerminalWarnings", "git_revision", "library_versions"]
 
 # Settings that do not change what is computed, and may differ between a run and its resumption.
 FREE = {
@@ -75,6 +75,14 @@ def _flat(mapping: dict, prefix: str = "") -> dict:
     return flat
 
 
+class TerminalWarnings(logging.Handler):
+    """Says warnings on standard error as well, whatever that is by then; the command itself says what ends a run."""
+
+    def emit(self, record: logging.LogRecord):
+        if record.levelno == logging.WARNING:
+            print(record.getMessage(), file=sys.stderr, flush=True)
+
+
 class RunFolder:
     """Opens a run's folder for writing; only rank 0 writes.
 
@@ -123,7 +131,7 @@ class RunFolder:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.log.setLevel(logging.INFO)
         self.log.propagate = False
-        self.log.handlers = [handler]
+        self.log.handlers = [handler, TerminalWarnings()]
         environment = self._environment(shards)
         (self.path / "env.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
         if not started:

@@ -25,7 +25,7 @@ from dino_depth.pretrain.loading import make_loader, next_batch, on_device, open
 from dino_depth.pretrain.maps import Maps
 from dino_depth.pretrain.optim import clip, schedule, set_rates
 from dino_depth.pretrain.overlap import Behind, ahead
-from dino_depth.pretrain.run_folder import RunFolder
+from dino_depth.pretrain.run_folder import RunFolder, TerminalWarnings
 from dino_depth.pretrain.state import TrainingState
 from dino_depth.pretrain.stop import Stop
 from dino_depth.pretrain.student_teacher import Networks, Student, teacher_targets, update_teacher
@@ -104,6 +104,8 @@ def pretrain(config: PretrainConfig):
     log.handlers = [logging.NullHandler()]
     with Stop(config.out) as stop, contextlib.ExitStack() as closing:
         distributed.start(device, config.train.timeout)
+        if distributed.rank() == 0:
+            log.handlers = [TerminalWarnings()]
         closing.callback(distributed.stop)
         try:
             with distributed.naming_the_cause():
