@@ -141,15 +141,18 @@ def newest(run: Path) -> tuple[Path, dict] | None:
     Raises:
         DataError: there are checkpoints, and none of them can be read.
     """
-    found = checkpoints(run)
-    for path in reversed(found):
+    faults = []
+    for path in reversed(checkpoints(run)):
         try:
-            return path, load(path)
+            state = load(path)
         except DataError as error:
-            fault = error
-            log.warning("%s; an older checkpoint is taken instead", error)
-    if found:
-        raise DataError(f"{fault}; none of {len(found)} checkpoints can be read")
+            faults.append(error)
+            continue
+        for fault in faults:
+            log.warning("%s; an older checkpoint, %s, is taken instead", fault, path.name)
+        return path, state
+    if faults:
+        raise DataError(f"{faults[0]}; none of {len(faults)} checkpoints can be read")
     return None
 
 
