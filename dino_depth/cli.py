@@ -14,7 +14,7 @@ from pathlib import Path
 from dino_depth import __version__
 from dino_depth.config import parse, suggestion
 from dino_depth.errors import ConfigError, Interrupted, ReportedError
-from dino_depth.storage import redacted
+from dino_depth.urls import redacted
 
 __all__ = ["main"]
 

@@ -7,6 +7,7 @@ A command's configuration is a dataclass. ``parse`` reads ``--config FILE`` (a p
 import difflib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from dino_depth.depth import Normalization
 from dino_depth.errors import ConfigError
+from dino_depth.urls import is_url, refuse_secrets
 
 __all__ = [
     "CropConfig", "DataConfig", "DistillConfig", "HealthConfig", "LossConfig", "ModelConfig", "OptimConfig",
@@ -346,8 +348,8 @@ def parse(cls: type, arguments: list[str], program: str, positional: tuple[str, 
             then a list.
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type, a missing argument or an unreadable file, or a URL for
-            ``out`` where the class does not say ``writes_to_urls``.
+        ConfigError: an unknown key, a value of the wrong type, a missing argument or an unreadable file; a URL that
+            holds a password or the like, or any for ``out`` where the class does not say ``writes_to_urls``.
         SystemExit: after ``--help`` or ``--print_config``.
     """
     usage = " ".join([program, *(name.upper() for name in positional), "[--key value ...]"])
@@ -368,6 +370,10 @@ def parse(cls: type, arguments: list[str], program: str, positional: tuple[str, 
     # As a path it would become a local folder, called after all that the URL holds. It is not shown: it may be secret.
     if "://" in str(getattr(config, "out", "")) and not getattr(cls, "writes_to_urls", False):
         raise ConfigError(f"out is a URL, and {program} writes to a local folder: copy what it writes afterwards")
+    for key, text in _texts(asdict(config)):
+        # A licence is words, which a run folder and a card repeat; every other URL is a place.
+        if is_url(text) and not key.endswith("licence"):
+            refuse_secrets(text, key)
     return config
 
 
@@ -422,6 +428,18 @@ def _check_file(cls: type, path: Path):
     for key in _flatten(loaded, known):
         if key not in known:
             raise ConfigError(f"{path}: unknown key {key!r}{suggestion(key, known)}")
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested settings, with its dotted key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from _texts(part, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _texts(part, key)
 
 
 def _flatten(mapping: dict, known: list[str], prefix: str = "") -> list[str]:

@@ -32,18 +32,14 @@ from fsspec import AbstractFileSystem
 
 from dino_depth.config import suggestion
 from dino_depth.errors import ConfigError, DataError, ReportedError
+from dino_depth.urls import redacted, refuse_secrets
 
-__all__ = ["RemotePath", "ShardCache", "default_cache", "location", "open_shard", "redacted"]
+__all__ = ["RemotePath", "ShardCache", "default_cache", "location", "open_shard"]
 
 WAITS = (1.0, 4.0, 16.0)  # seconds before each further attempt
 STALL_SECONDS = 60.0  # without a byte from a web server
 POLL_SECONDS = 0.1
 READ_ONLY = ("http", "https")
-CONTAINERS = ("abfs", "abfss")
-# A password may hold any sign that ends neither the text nor the place; the last @ before a slash ends it.
-URL = re.compile(
-    r"""(?P<protocol>\w[\w+.-]*)://(?:(?P<user>[^\s/?#"'<>]*)@)?(?P<place>[^\s?#"'<>]*)(?P<rest>[?#][^\s"'<>]*)?"""
-)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Client errors that a later attempt may not meet: time-outs, conflicting uploads, too many requests.
 PASSING_STATUS = (408, 409, 412, 423, 425, 429)
@@ -145,9 +141,7 @@ def location(text: str) -> Path | RemotePath:
     """Where a path or URL points to.
 
     Raises:
-        ConfigError: a command instead of a URL; or the URL holds a name, a password, a query or a fragment: what is
-            kept there is mostly secret and would end up in logs, run folders and model cards, and the files beside the
-            folder would not be found.
+        ConfigError: a command instead of a URL, or the URL holds what may be secret.
     """
     if "://" not in text:
         return Path(text)
@@ -157,27 +151,8 @@ def location(text: str) -> Path | RemotePath:
         # WebDataset's pipes. The rest of the command may hold what is secret.
         first = text.replace(":", " ").split()[0]
         raise ConfigError(f"{first}: no command is run to read data: name a folder or a URL")
-    if (clean := redacted(text)) != text:
-        raise ConfigError(
-            f"{clean}: no user name, password, query or fragment in a URL: credentials belong in ~/.netrc, the store's "
-            "own file or environment"
-        )
+    refuse_secrets(text)
     return RemotePath(text.rstrip("/"))
-
-
-def redacted(text: str) -> str:
-    """The text with what URLs in it carry beside their place, user names, passwords, queries and fragments, as ``***``.
-
-    The container of ``abfs://CONTAINER@ACCOUNT...`` is no user's name and stays.
-    """
-    return URL.sub(_redacted_url, text)
-
-
-def _redacted_url(url: re.Match) -> str:
-    protocol, user, place, rest = url["protocol"], url["user"], url["place"], url["rest"]
-    is_container = protocol.lower() in CONTAINERS and ":" not in (user or "")
-    shown = "" if user is None else f"{user if is_container else '***'}@"
-    return f"{protocol}://{shown}{place}{rest[0] + '***' if rest else ''}"
 
 
 def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:

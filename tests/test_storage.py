@@ -27,13 +27,14 @@ from data_prep.folder import FolderOptions
 from data_prep.output import exclusive, publish, writing
 from data_prep.shards import PrepareConfig, begin, finish, plan, prepare, write_share
 from dino_depth import cli, storage
-from dino_depth.config import DataConfig
+from dino_depth.config import DataConfig, parse
 from dino_depth.errors import ConfigError, DataError, ReportedError
 from dino_depth.pretrain.order import EndlessOrder
 from dino_depth.pretrain.run_folder import RunFolder
 from dino_depth.shard_index import INDEX
 from dino_depth.shards import DepthShards
-from dino_depth.storage import RemotePath, ShardCache, location, redacted
+from dino_depth.storage import RemotePath, ShardCache, location
+from dino_depth.urls import redacted
 from tests.conftest import depth_scene
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -156,6 +157,7 @@ def test_locations_are_paths_or_urls(tmp_path):
         "https://example.org/shards?X-Amz-Signature=secret", "https://example.org/shards#secret",
         "https://me:se@cret@example.org/shards?secret", "HTTPS://secret:@example.org",
         "simplecache::https://me:secret@example.org/shards", "abfs://me:secret@example.org/shards",
+        "https://example.org/sha rds?secret", "https://example.org/it's?secret",
     ],
 )  # fmt: skip
 def test_what_may_be_secret_in_a_url_is_refused_and_not_repeated(url, tiny, capsys):
@@ -163,8 +165,17 @@ def test_what_may_be_secret_in_a_url_is_refused_and_not_repeated(url, tiny, caps
         location(url)
     assert "secret" not in str(error.value) and "cret@" not in str(error.value)
     assert cli.main(["check", url]) == 2
-    assert cli.main(["pretrain", "--data.shards", url, "--out", tiny.out]) == 2
-    assert "secret" not in capsys.readouterr().err and not Path(tiny.out).exists()
+    for option in ("--data.shards", "--data.cache", "--train.evaluate_shards", "--init_from"):
+        assert cli.main(["pretrain", option, url, "--out", tiny.out]) == 2
+        assert f"{option[2:]}: " in (said := capsys.readouterr().err) and "secret" not in said
+    assert cli.main(["prep", "folder", "--root", str(tiny.out), "--roots.visa", url]) == 2
+    assert "roots.visa: " in (said := capsys.readouterr().err) and "secret" not in said
+    assert not Path(tiny.out).exists()
+
+
+def test_a_licence_may_hold_a_link():
+    words = ["folder", "--folder.licence", "https://creativecommons.org/licenses/by/4.0/?ref=chooser-v1"]
+    assert parse(PrepareConfig, words, "prep", ("dataset",)).folder.licence == words[-1]
 
 
 @pytest.mark.parametrize("command", ["pipe:curl -H secret https://example.org/a", "curl -H secret https://example.org"])
@@ -195,6 +206,7 @@ def test_places_that_only_look_like_secrets_stay():
 
 
 def test_secrets_are_taken_out_of_any_text():
+    assert redacted(str(Path("https://me:word@a.org/x?word"))) == "https:/***@a.org/x?***"
     text = "GET 'https://me:word@a.org:80/x?key=word', then s3://b/c#word and (sftp://word@d) for a@b.org?"
     assert redacted(text) == "GET 'https://***@a.org:80/x?***', then s3://b/c#*** and (sftp://***@d) for a@b.org?"
 

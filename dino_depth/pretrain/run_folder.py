@@ -20,7 +20,7 @@ from dino_depth.config import PretrainConfig, load_config, save_config
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.lock import EXCLUSIVE, locked
 from dino_depth.shards import DepthShards
-from dino_depth.storage import redacted
+from dino_depth.urls import redacted
 
 __all__ = ["RunFolder", "TerminalWarnings", "git_revision", "library_versions"]
 
