@@ -22,7 +22,7 @@ from transformers import AutoModel, Dinov2Model
 
 import dino_depth
 from dino_depth import checkpoint, onnx_file
-from dino_depth.config import CropConfig, DataConfig, ModelConfig, PretrainConfig, load_config, save_config
+from dino_depth.config import CropConfig, DataConfig, ModelConfig, PretrainConfig, TrainConfig, load_config, save_config
 from dino_depth.depth import DepthMap, Normalization, encode_png
 from dino_depth.encoder import load_encoder
 from dino_depth.errors import ConfigError, DataError, GateError, ReportedError
@@ -67,7 +67,9 @@ def write_run(folder, shards, model=TINY, step=7, spoil=None):
     normalization = Normalization(method="plane", scale=0.07)
     data = DataConfig(shards=str(shards), normalization=normalization)
     (folder / "checkpoints").mkdir(parents=True)
-    save_config(PretrainConfig(out=str(folder), data=data, crops=crops, model=model), folder / "config.yaml")
+    train = TrainConfig(evaluate_shards=[str(shards)])
+    config = PretrainConfig(out=str(folder), data=data, crops=crops, model=model, train=train)
+    save_config(config, folder / "config.yaml")
     (folder / "env.json").write_text(json.dumps({"git_revision": "f00", "command": f"x --out {folder}"}))
     torch.manual_seed(step)
     backbone = DepthTransformer(model, crops.global_size)
@@ -447,7 +449,7 @@ def test_the_network_behind_pseudo_depth_brings_its_own_terms(tmp_path):
     "licence",
     [
         "<script>alert(1)</script>", "[free](https://example.org)", "![x](https://example.org/x.png)",
-        "`a` **b** ~~c~~ &lt;", "a | b | c", "one\n\n# A title\n| x |", "a\\| b", "<!-- gone -->",
+        "`a` **b** ~~c~~ &lt;", "_a_ __b__ c_d $e$", "a | b | c", "one\n\n# A title\n| x |", "a\\| b", "<!-- gone -->",
     ],
 )  # fmt: skip
 def test_what_a_manifest_says_is_text_on_a_card_and_no_markup(tmp_path, licence):

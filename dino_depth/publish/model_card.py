@@ -120,13 +120,16 @@ def _published_config(config: PretrainConfig) -> dict:
     def last(path: str) -> str:
         return Path(path).name if path else path
 
-    shards = config.data.shards
-    names = last(shards) if isinstance(shards, str) else [last(folder) for folder in shards]
-    data = dataclasses.replace(config.data, shards=names, cache=last(config.data.cache))
+    def names(shards: str | list[str]) -> str | list[str]:
+        return last(shards) if isinstance(shards, str) else [last(folder) for folder in shards]
+
+    data = dataclasses.replace(config.data, shards=names(config.data.shards), cache=last(config.data.cache))
+    train = dataclasses.replace(config.train, evaluate_shards=names(config.train.evaluate_shards))
     origin = last(config.init_from) if config.init_from else None
     second = config.distill.teacher
     distill = dataclasses.replace(config.distill, teacher=last(second) if Path(second).exists() else second)
-    config = dataclasses.replace(config, out=last(config.out), init_from=origin, data=data, distill=distill)
+    parts = {"data": data, "distill": distill, "train": train}
+    config = dataclasses.replace(config, out=last(config.out), init_from=origin, **parts)
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -343,7 +346,7 @@ def _losses(config: PretrainConfig) -> str:
 
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is: what a manifest says must not become markup of a page on the Hub."""
-    return re.sub(r"([\\`*\[\]<>|!#&~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|!#&~$])", r"\\\1", " ".join(text.split()))
 
 
 def _checked(subject: Subject) -> str:
