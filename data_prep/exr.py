@@ -114,6 +114,9 @@ def _channels(parts: list, size: int, library) -> list[_Channel]:
         low, high = part.header["dataWindow"]
         shape = tuple(int(value) + 1 for value in (high - low)[::-1])
         check_shape(shape)
+        if tiles := part.header.get("tiles"):
+            # Whole tiles are decoded, also where one is larger than the map.
+            shape = tuple(-(-side // tile) * tile for side, tile in zip(shape, (tiles.ySize, tiles.xSize), strict=True))
         names = [one.name for one in part.header["channels"]]
         if any((one.xSampling, one.ySampling) != (1, 1) for one in part.header["channels"]):
             raise DataError("a channel has fewer pixels than the map")

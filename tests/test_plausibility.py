@@ -4,6 +4,7 @@ Every test makes its own file; where ``shared/cases`` lies beside the checkout, 
 """
 
 import json
+import struct
 import tarfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -173,6 +174,19 @@ def test_many_channels_are_bounded_before_they_are_decoded(tmp_path):
     noise = np.random.default_rng(0).random((64, 64)).astype(np.float32)
     content = written(tmp_path / "raw" / "b.exr", {f"C{place:02}": noise for place in range(40)} | {"Z": noise + 1})
     assert np.array_equal(decode_exr((content / "b.exr").read_bytes()), noise + 1)
+
+
+def test_tiles_larger_than_the_map_are_bounded_before_they_are_decoded(tmp_path):
+    """A tile of 16 million rows took seconds and 3 GiB."""
+    tiles = OpenEXR.TileDescription()
+    tiles.xSize = tiles.ySize = 32
+    header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.tiledimage, "tiles": tiles}
+    OpenEXR.File(header, {"Z": frame()}).write(str(tmp_path / "a.exr"))
+    whole = (tmp_path / "a.exr").read_bytes()
+    assert np.array_equal(decode_exr(whole), frame())
+    place = whole.index(b"tiles\0tiledesc\0") + 19
+    with pytest.raises(DataError, match="bytes grow to 10737418240 in 1 channels: the file is damaged or hostile"):
+        decode_exr(whole[:place] + struct.pack("<II", 32, 2**24) + whole[place + 8 :])
 
 
 def test_deep_data_are_refused(tmp_path):
