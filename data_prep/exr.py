@@ -9,7 +9,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from math import prod
 
@@ -76,11 +76,12 @@ def decode_exr(content: bytes, layer: str = "", channel: int = -1) -> np.ndarray
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps from the terminal what the library, which raises it too, writes about a broken file to the descriptor 2."""
+    """Keeps from the terminal what the library says about a broken file, to the descriptor 2 and by Python's print."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
@@ -160,12 +161,15 @@ def _listed(channels: list[_Channel]) -> str:
 
 def _read(content: bytes, wanted: list[_Channel], windows: list, library) -> list[np.ndarray]:
     """The (height, width) values of channels of one part."""
-    part = wanted[0].part
+    part, name = wanted[0].part, wanted[0].part_name
     if len(windows) > 1:
-        # Only whole files of several parts can be read.
+        # Only whole files of several parts can be read. Of a damaged part the library leaves out the channels, or the
+        # part, and the others move up.
         with library.File(io.BytesIO(content), separate_channels=True) as file:
-            pixels = file.parts[part].channels
-            return [np.array(pixels[one.name].pixels) for one in wanted]
+            found = [one.channels for one in file.parts if one.name() == name]
+            if len(found) != 1 or not all(one.name in found[0] for one in wanted):
+                raise DataError(f"the part {name!r} is damaged or cut short")
+            return [np.array(found[0][one.name].pixels) for one in wanted]
     low, high = windows[part]
     width, height = (int(value) + 1 for value in high - low)
     file = library.InputFile(io.BytesIO(content))

@@ -176,6 +176,25 @@ def test_many_channels_are_bounded_before_they_are_decoded(tmp_path):
     assert np.array_equal(decode_exr((content / "b.exr").read_bytes()), noise + 1)
 
 
+def test_a_damaged_part_is_no_other_part(tmp_path, capfd):
+    """The library prints a warning and goes on with the parts that are left."""
+    parts = [OpenEXR.Part(dict(HEADER), {"Z": frame() + place}, name) for place, name in enumerate(("left", "right"))]
+    OpenEXR.File(parts).write(str(tmp_path / "a.exr"))
+    whole = (tmp_path / "a.exr").read_bytes()
+    for place, name in enumerate(("left", "right")):
+        assert np.array_equal(decode_exr(whole, name), frame() + place)
+    changed = bytearray(whole)
+    start = len(whole) // 4
+    changed[start : start + 8] = b"\xff" * 8
+    with pytest.raises(DataError, match="the part 'left' is damaged or cut short"):
+        decode_exr(bytes(changed), "left")
+    assert np.array_equal(decode_exr(bytes(changed), "right"), frame() + 1)
+    for length in (len(whole) // 4, len(whole) // 2):
+        with pytest.raises(DataError, match="the part 'right' is damaged or cut short"):
+            decode_exr(whole[:length], "right")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_tiles_larger_than_the_map_are_bounded_before_they_are_decoded(tmp_path):
     """A tile of 16 million rows took seconds and 3 GiB."""
     tiles = OpenEXR.TileDescription()
