@@ -18,12 +18,16 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from dino_depth.depth import Normalization
 from dino_depth.errors import ConfigError
+from dino_depth.settings import in_words, kind_of, takes_null
 from dino_depth.urls import is_url, refuse_secrets
 
 __all__ = [
     "CropConfig", "DataConfig", "DistillConfig", "HealthConfig", "LossConfig", "ModelConfig", "OptimConfig",
     "PretrainConfig", "TrainConfig", "config_keys", "find_config", "load_config", "parse", "save_config", "suggestion",
 ]  # fmt: skip
+
+KEY = re.compile(r'Parser key "([^"]+)"')  # of jsonargparse's messages
+LONGEST_VALUE = 80
 
 
 @dataclass
@@ -359,12 +363,11 @@ def parse(cls: type, arguments: list[str], program: str, positional: tuple[str, 
     parser.add_class_arguments(cls, None, fail_untyped=True)
     arguments = _spell_out(cls, arguments, positional)
     for option, value in pairwise([*arguments, ""]):
-        if option == "--config":
-            _check_file(cls, Path(value))
+        _check_option(cls, option, value)
     try:
         values = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise ConfigError(_explain(str(error), cls)) from None
+        raise ConfigError(_explain(str(error), cls, parser, arguments)) from None
     values.pop("config", None)
     config = cls(**vars(parser.instantiate(values)))
     # As a path it would become a local folder, called after all that the URL holds. It is not shown: it may be secret.
@@ -416,18 +419,63 @@ def _spell_out(cls: type, arguments: list[str], positional: tuple[str, ...]) -> 
     return spelled
 
 
-def _check_file(cls: type, path: Path):
-    """Names the file and the nearest key where jsonargparse would name only the group."""
+def _check_option(cls: type, option: str, value: str):
+    """Refuses what jsonargparse would refuse in its own words, or take: an unknown key, a group that is none, null."""
+    key = option.removeprefix("--").removesuffix("+")
+    kind = kind_of(cls, key) if option.startswith("--") else None
+    if option == "--config":
+        if not value:
+            raise ConfigError("--config needs a value")
+        _check_settings(cls, _read(Path(value)), f"{value}: ")
+    elif is_dataclass(kind):
+        is_file = Path(value).is_file()
+        loaded = _read(Path(value)) if is_file else _loaded(value)
+        if is_file or isinstance(loaded, dict):
+            _check_settings(cls, {key: loaded}, f"{value}: " if is_file else "")
+    elif option.startswith("--") and "." in key and kind is None:
+        raise ConfigError(_unknown_argument(option, cls))
+
+
+def _read(path: Path) -> dict:
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: must hold keys and values, got {type(loaded).__name__}")
+    return loaded
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _check_settings(cls: type, settings: dict, place: str):
+    """Names the place and the nearest key where jsonargparse would name only the group."""
     known = config_keys(cls)
-    for key in _flatten(loaded, known):
+    for key, value in _flatten(settings, known):
+        kind = kind_of(cls, key)
         if key not in known:
-            raise ConfigError(f"{path}: unknown key {key!r}{suggestion(key, known)}")
+            raise ConfigError(f"{place}unknown key {key!r}{suggestion(key, known)}")
+        # The name of a file may stand for a group.
+        is_no_group = is_dataclass(kind) and not isinstance(value, dict | str)
+        if is_no_group or (value is None and not takes_null(kind)):
+            raise ConfigError(f"{place or '--'}{key} must be {in_words(kind)}, got {_shown(value)}")
+
+
+def _flatten(mapping: dict, known: list[str], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys and values of nested settings."""
+    found = []
+    for key, value in mapping.items():
+        path = f"{prefix}{key}"
+        # A known key without keys below it is a setting: a dictionary there is its value.
+        setting = path in known and not any(other.startswith(path + ".") for other in known)
+        nested = isinstance(value, dict) and value and not setting
+        found += _flatten(value, known, path + ".") if nested else [(path, value)]
+    return found
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -442,29 +490,46 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(part, key)
 
 
-def _flatten(mapping: dict, known: list[str], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in mapping.items():
-        path = f"{prefix}{key}"
-        # A known key without keys below it is a setting: a dictionary there is its value.
-        setting = path in known and not any(other.startswith(path + ".") for other in known)
-        nested = isinstance(value, dict) and value and not setting
-        keys += _flatten(value, known, path + ".") if nested else [path]
-    return keys
+def _shown(value: Any) -> str:
+    text = value or "''" if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "..."
 
 
-def _explain(message: str, cls: type) -> str:
+def _unknown_argument(word: str, cls: type) -> str:
+    return f"unknown argument {word!r}" + suggestion(word, ["--" + key for key in config_keys(cls)])
+
+
+def _explain(message: str, cls: type, parser: ArgumentParser, arguments: list[str]) -> str:
     """One line for a parser error, with the nearest key where the key is unknown."""
     line = " ".join(message.split())
     if found := re.match(r"unrecognized arguments: (.*)", line):
-        word = found[1].split()[0]
-        return f"unknown argument {word!r}" + suggestion(word, ["--" + key for key in config_keys(cls)])
-    if found := re.match(r"Group '([^']+)' does not accept (?:nested )?(?:option|key) '([^']+)'", line):
-        key = f"{found[1]}.{found[2]}"
-        return f"unknown key {key!r}{suggestion(key, config_keys(cls))}"
-    if found := re.match(r'Parser key "([^"]+)": (.*)', line):
-        return f"--{found[1]}: {found[2]}".replace("typing.", "")
+        return _unknown_argument(found[1].split()[0], cls)
+    if found := re.match(r"argument (--\S+): expected one argument", line):
+        return f"{found[1]} needs a value"
+    if found := KEY.findall(line):
+        return _misfit(found[-1], cls, parser, arguments)
     return line
+
+
+def _misfit(key: str, cls: type, parser: ArgumentParser, arguments: list[str]) -> str:
+    """Which option or file gives ``key`` a value of another type, and what it must be."""
+    for option, value in pairwise([*arguments, ""]):
+        if not option.startswith("--") or option in ("--help", "--print_config"):
+            continue
+        try:
+            parser.parse_args([option, value])
+        except ArgumentError as error:
+            if key in KEY.findall(" ".join(str(error).split())):
+                break
+    else:
+        return f"--{key} must be {in_words(kind_of(cls, key))}"
+    name = option.removeprefix("--").removesuffix("+")
+    if option != "--config" and not (key.startswith(f"{name}.") and is_dataclass(kind_of(cls, name))):
+        return f"{option} must be {in_words(kind_of(cls, name))}, got {_shown(value)}"
+    is_file = Path(value).is_file()
+    settings = _read(Path(value)) if is_file else _loaded(value)
+    given = dict(_flatten(settings if option == "--config" else {name: settings}, config_keys(cls))).get(key)
+    return f"{value + ': ' if is_file else '--'}{key} must be {in_words(kind_of(cls, key))}, got {_shown(given)}"
 
 
 def save_config(config: Any, path: Path):

@@ -100,7 +100,7 @@ def test_what_an_earlier_encoder_made_is_not_taken_for_the_new_one(settings, tra
         ({"prep": {"max_sied": 5}}, "^prep: unknown key 'max_sied'; did you mean 'max_side'"),
         ({"pretrain": {"data": {"worker": 4}}}, "^pretrain: unknown key 'data.worker'; did you mean 'data.workers'"),
         ({"prep": {"slurm": {"task": 5}}}, "^prep.slurm: unknown key 'task'; did you mean 'tasks'"),
-        ({"prep": {"slurm": {"time": 7200}}}, "^prep.slurm: --time: Expected a <class 'str'>. Got value: 7200"),
+        ({"prep": {"slurm": {"time": 7200}}}, "^prep.slurm: time must be text, got 7200"),
         ({"prep": {"slurm": {"nodes": 2}}}, "^prep.slurm: nodes means nothing to prep"),
         ({"pretrain": {"slurm": {"tasks": 2}}}, "^pretrain.slurm: tasks means nothing to pretrain"),
         ({"prep": {"slurm": {"tasks": 0}}}, "^prep.slurm: tasks must be 1 or more"),

@@ -1,0 +1,47 @@
+"""The types of settings, which are fields of nested dataclasses, by dotted key and in words for whoever sets them."""
+
+from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+__all__ = ["in_words", "kind_of", "takes_null"]
+
+WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+
+
+def kind_of(cls: type, key: str) -> Any:
+    """The type of the setting at a dotted key of ``cls``: a dataclass for a group; None where there is no such key."""
+    name, _, rest = key.partition(".")
+    kind = {entry.name: entry.type for entry in fields(cls)}.get(name)
+    if not rest or kind is None:
+        return kind
+    if is_dataclass(kind):
+        return kind_of(kind, rest)
+    # ``--roots.visa FOLDER`` sets one entry of a table.
+    tables = [part for part in _alternatives(kind) if get_origin(part) is dict]
+    return get_args(tables[0])[1] if tables else None
+
+
+def takes_null(kind: Any) -> bool:
+    return kind is Any or NoneType in _alternatives(kind)
+
+
+def in_words(kind: Any) -> str:
+    """How a value of a type is written, in YAML as on the command line."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        return "{setting: value, ...} or a YAML file"
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin in (Union, UnionType):
+        return " or ".join(map(in_words, parts))
+    if origin is dict:
+        return f"{{name: {in_words(parts[1])}, ...}}"
+    if origin in (list, tuple):
+        several = origin is list or parts[-1] is Ellipsis
+        return f"[{in_words(parts[0])}, ...]" if several else f"[{', '.join(map(in_words, parts))}]"
+    return WORDS.get(kind, "a value")
+
+
+def _alternatives(kind: Any) -> tuple:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
