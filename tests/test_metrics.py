@@ -158,6 +158,11 @@ def test_a_stack_of_images_is_told_from_a_volume():
         aupro(stack, truth.astype(int))
     with pytest.raises(DataError, match="stacks of images differ in shape"):
         aupro(stack, truth, normal=normal[:4], connectivity=8)
+    for image in (stack[..., None], stack[0][..., None]):
+        with pytest.raises(DataError, match=r"9, 1\) ends with height and width, and 1 seem to be channels"):
+            aupro(image, image > 1, connectivity=8)
+    with pytest.raises(DataError, match=r"\(8, 9, 3\) ends with height and width, and 3 seem to be channels"):
+        aupro(np.zeros((8, 9, 3)), np.ones((8, 9, 3), np.uint8), connectivity=8, truth="mask")
     with pytest.raises(ConfigError, match="truth must be one of auto, mask, labels, got 'masks'"):
         aupro(stack, truth, truth="masks")
 

@@ -32,6 +32,7 @@ __all__ = [
     "resampled_aupro", "resampled_auroc", "voxel_regions",
 ]  # fmt: skip
 
+LARGEST_CHANNELS = 4
 BLOCK = 4096  # defect elements at a time when resampling: resamples x BLOCK float64 values are held
 
 
@@ -160,6 +161,10 @@ def _images(arrays: tuple[np.ndarray | None, ...]) -> list[tuple[np.ndarray | No
     if len(shapes) > 1:
         raise DataError(f"stacks of images differ in shape: {', '.join(map(str, sorted(shapes)))}")
     shape = next(iter(shapes))
+    if shape[-1] <= LARGEST_CHANNELS:
+        raise DataError(
+            f"a stack of images {shape} ends with height and width, and {shape[-1]} seem to be channels: take them away"
+        )
     stacks = [None if array is None else np.reshape(array, (-1, *shape[-2:])) for array in arrays]
     return [tuple(None if stack is None else stack[place] for stack in stacks) for place in range(len(stacks[0]))]
 
