@@ -200,8 +200,7 @@ def read(item: Item) -> DepthMap:
             raise DataError(f"{above} heights reach the camera: folder.offset {options.offset} is too small")
     if options.farthest:
         missing |= depth > options.farthest
-    if options.larger_is == "farther":
-        refuse_marks(values, "folder", missing)
+    refuse_marks(values, "folder", missing)
     np.copyto(depth, 0, where=missing)
     return DepthMap.from_values(depth, options.kind)
 

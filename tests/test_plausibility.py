@@ -23,7 +23,14 @@ from data_prep.folder import FolderOptions
 from data_prep.formats import decode_image, decode_pfm, decode_tiff
 from data_prep.inspect import InspectConfig, inspect
 from data_prep.manifest import digest_json
-from data_prep.plausibility import PlausibilityConfig, check_limits, implausible, refuse_negative, summarise
+from data_prep.plausibility import (
+    PlausibilityConfig,
+    check_limits,
+    implausible,
+    refuse_marks,
+    refuse_negative,
+    summarise,
+)
 from data_prep.shards import PrepareConfig, prepare
 from data_prep.tree import RawTree
 from dino_depth.depth import DepthMap, decode_png, encode
@@ -285,6 +292,49 @@ def test_the_largest_number_of_a_type_is_no_depth(tmp_path, mark, dtype, options
     for way, told in (("named", {"missing": [mark]}), ("farthest", {"farthest": 6.0})):
         depth_map, _ = stored(root, tmp_path / way, **options, **told)
         assert np.array_equal(depth_map.valid, frame() > 0)
+
+
+@pytest.mark.parametrize(
+    "marked, masked, missing, refused",
+    [(10, 0, 0, True), (9, 0, 0, False), (10, 0, 5000, True), (9, 0, 5000, False), (9, 500, 500, False),
+     (10, 500, 500, True)],
+)  # fmt: skip
+def test_a_thousandth_of_the_values_are_a_mark(marked, masked, missing, refused):
+    """``masked`` of the ``missing`` values, which do not count, hold the same number."""
+    values = np.linspace(500, 5000, 10000).astype(np.uint16)
+    values[:marked] = values[9999 - masked : 9999] = 65535
+    absent = np.zeros(10000, bool)
+    absent[9999 - missing : 9999] = True
+    with pytest.raises(DataError, match="0.1% of the values are 65535, the next is 5000") if refused else nullcontext():
+        refuse_marks(values.reshape(100, 100), "folder", absent.reshape(100, 100))
+
+
+def test_a_mark_is_farther_from_all_others_than_they_are_from_each_other():
+    values = np.tile(np.array([1, 32768, 65535], np.uint16), (10, 4))
+    absent = np.zeros(values.shape, bool)
+    refuse_marks(values, "folder", absent)
+    with pytest.raises(DataError, match="33.3% of the values are 65535, the next is 32768"):
+        refuse_marks(np.where(values == 1, 2, values), "folder", absent)
+    # What is missing already is no mark, however large.
+    infinite = np.tile(np.array([1, 2, 65504, 1e10, np.inf], np.float32), (10, 4))
+    with pytest.raises(DataError, match="20.0% of the values are 65504, the next is 2:"):
+        refuse_marks(infinite, "folder", infinite > 65504)
+
+
+def test_heights_have_marks_too_and_stay_below_the_camera(tmp_path):
+    heights = np.where(frame() > 0, frame() * 10000, 65535).astype(np.uint16)
+    root = written(tmp_path / "raw" / "a.npy", heights)
+    words = {"larger_is": "nearer", "scale": 1e-5, "offset": 1.0}
+    with pytest.raises(DataError, match="12.5% of the values are 65535, .*name it in folder.missing"):
+        read(root, **words)
+    assert np.array_equal(read(root, missing=[65535], **words).valid, frame() > 0)
+    highest = heights[heights < 65535].max() * 1e-5
+    with pytest.raises(DataError, match="1 heights reach the camera"):
+        read(root, missing=[65535], **words | {"offset": highest})
+    along = -frame()
+    along[5, 5:8] = 0.1
+    with pytest.raises(DataError, match="3 heights reach the camera: folder.offset 0.0 is too small"):
+        read(written(tmp_path / "along" / "a.npy", along), larger_is="nearer")
 
 
 def test_a_depth_that_reaches_the_largest_number_is_depth(tmp_path):
