@@ -4,6 +4,7 @@ Every test makes its own file; where ``shared/cases`` lies beside the checkout, 
 """
 
 import json
+import re
 import struct
 import tarfile
 from contextlib import nullcontext
@@ -38,6 +39,7 @@ from dino_depth.errors import ConfigError, DataError
 from dino_depth.sample import depth_handler, sample_map, with_depth_map
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "depth.md"
 HEADER = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
 
 
@@ -650,6 +652,15 @@ def test_the_brightness_of_photographs_is_not_judged(tmp_path):
 
 
 # WebDataset
+
+
+def test_the_page_about_depth_runs_as_it_stands(tmp_path, monkeypatch):
+    stored(written(tmp_path / "raw" / "a.npy", frame()), tmp_path / "shards" / "mvtec3d")
+    (code,) = re.findall(r"```python\n(import webdataset\n.*?)```", PAGE.read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert np.array_equal(names["sample"]["depth_map"].valid, frame() > 0)
 
 
 def test_image_decoders_of_webdataset_saturate_and_the_handler_does_not(tmp_path):
