@@ -73,10 +73,8 @@ def needs(_: Config) -> frozenset[str]:
 def fit(train: list[Views], config: Config, _: Context) -> SimpleNamespace:
     mappings = {}
     for name, other in OTHER.items():
-        inputs, outputs = (
-            torch.cat([part(views)[views.share > 0] for views in train])
-            for part in (lambda views: _inputs(views, other), lambda views: getattr(views, name).double())  # noqa: B023
-        )
+        inputs = torch.cat([_inputs(views, other)[views.share > 0] for views in train])
+        outputs = torch.cat([getattr(views, name)[views.share > 0] for views in train]).double()
         moments = _moments(inputs), _moments(outputs)
         inputs, outputs = _standard(inputs, moments[0]), _standard(outputs, moments[1])
         penalty = config.penalty * len(inputs) * torch.eye(inputs.shape[1], dtype=torch.float64)

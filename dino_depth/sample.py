@@ -23,7 +23,8 @@ def sample_map(codes: np.ndarray, description: dict[str, Any]) -> DepthMap:
     """The map of codes (height, width) uint16 that a sample's ``json`` describes.
 
     Raises:
-        DataError: the description lacks ``near``, ``far`` or ``kind``, or contradicts the codes; its ``plane`` is none.
+        DataError: the description lacks ``near``, ``far`` or ``kind``, or contradicts the codes, or its ``plane``
+            is not three coefficients and a share.
     """
     try:
         near, far, kind = (description[key] for key in ("near", "far", "kind"))

@@ -7,6 +7,7 @@ from dino_depth.errors import ConfigError
 __all__ = ["is_url", "redacted", "refuse_secrets"]
 
 CONTAINERS = ("abfs", "abfss")
+WEB = ("http", "https")
 # A password may hold any sign that ends neither the text nor the place; the last @ before a slash ends it. A Path
 # makes one slash of two.
 URL = re.compile(
@@ -42,13 +43,16 @@ def refuse_secrets(url: str, key: str = ""):
 def redacted(text: str) -> str:
     """The text with what URLs in it carry beside their place, user names, passwords, queries and fragments, as ``***``.
 
-    The container of ``abfs://CONTAINER@ACCOUNT...`` is no user's name and stays.
+    The container of ``abfs://CONTAINER@ACCOUNT...`` is no user's name and stays, as do the options of an encoder in a
+    folder, ``transformers:/FOLDER?depth_as=log``.
     """
     return URL.sub(_redacted_url, text)
 
 
 def _redacted_url(url: re.Match) -> str:
     protocol, user, place, rest = url["protocol"], url["user"], url["place"], url["rest"]
+    if url["slashes"] == "/" and user is None and protocol.lower() not in WEB:
+        return url[0]
     is_container = protocol.lower() in CONTAINERS and ":" not in (user or "")
     shown = "" if user is None else f"{user if is_container else '***'}@"
     return f"{protocol}:{url['slashes']}{shown}{place}{rest[0] + '***' if rest else ''}"

@@ -203,10 +203,14 @@ def test_places_that_only_look_like_secrets_stay():
         "http://localhost:8000/a", "memory://o",
     ):  # fmt: skip
         assert str(location(url)) == url == redacted(url)
+    for encoder in ("transformers:/models/dinov2?depth_as=max", "random:/models/a?seed=1", "point-mae:/b.pth?x=1"):
+        assert redacted(encoder) == encoder
 
 
 def test_secrets_are_taken_out_of_any_text():
     assert redacted(str(Path("https://me:word@a.org/x?word"))) == "https:/***@a.org/x?***"
+    assert redacted(str(Path("https://a.org/x?word"))) == "https:/a.org/x?***"
+    assert redacted(str(Path("s3://me:word@b/x"))) == "s3:/***@b/x"
     text = "GET 'https://me:word@a.org:80/x?key=word', then s3://b/c#word and (sftp://word@d) for a@b.org?"
     assert redacted(text) == "GET 'https://***@a.org:80/x?***', then s3://b/c#*** and (sftp://***@d) for a@b.org?"
 
