@@ -7,6 +7,7 @@ A command's configuration is a dataclass. ``parse`` reads ``--config FILE`` (a p
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
@@ -18,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from dino_depth.depth import Normalization
 from dino_depth.errors import ConfigError
-from dino_depth.settings import in_words, kind_of, takes_null
+from dino_depth.settings import RepeatedKey, in_words, kind_of, load_yaml, takes_null, takes_table
 from dino_depth.urls import is_url, refuse_secrets
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
 
 KEY = re.compile(r'Parser key "([^"]+)"')  # of jsonargparse's messages
 LONGEST_VALUE = 80
+ASKING = ("-h", "--help", "--print_config")
+
+Options = list[tuple[str, str | None]]
 
 
 @dataclass
@@ -361,13 +365,12 @@ def parse(cls: type, arguments: list[str], program: str, positional: tuple[str, 
     parser = ArgumentParser(prog=program, usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file, or the name of a shipped one")
     parser.add_class_arguments(cls, None, fail_untyped=True)
-    arguments = _spell_out(cls, arguments, positional)
-    for option, value in pairwise([*arguments, ""]):
-        _check_option(cls, option, value)
+    options = _spell_out(cls, arguments, positional)
+    _check_options(cls, options, positional)
     try:
-        values = parser.parse_args(arguments)
+        values = parser.parse_args([option if value is None else f"{option}={value}" for option, value in options])
     except ArgumentError as error:
-        raise ConfigError(_explain(str(error), cls, parser, arguments)) from None
+        raise ConfigError(_explain(str(error), cls, parser, options)) from None
     values.pop("config", None)
     config = cls(**vars(parser.instantiate(values)))
     # As a path it would become a local folder, called after all that the URL holds. It is not shown: it may be secret.
@@ -380,90 +383,110 @@ def parse(cls: type, arguments: list[str], program: str, positional: tuple[str, 
     return config
 
 
-def _spell_out(cls: type, arguments: list[str], positional: tuple[str, ...]) -> list[str]:
-    """Writes positions as options, names of shipped files as paths, and a bare boolean option as true."""
+def _spell_out(cls: type, arguments: list[str], positional: tuple[str, ...]) -> Options:
+    """Options and values: positions become options, names of shipped files paths, and a bare boolean option true."""
     switches = {"--" + entry.name for entry in fields(cls) if entry.type is bool}
-    spelled, waiting, expects_value = [], list(positional), False
-    several, listed = "", []
-    if waiting and waiting[-1].endswith("..."):
-        several = waiting.pop().removesuffix("...")
-        positional = (*waiting, several)
-    for place, argument in enumerate(arguments):
-        following = arguments[place + 1] if place + 1 < len(arguments) else "--"
-        if argument.startswith("--"):
-            option, equals, value = argument.partition("=")
-            option = option.replace("-", "_").replace("__", "--", 1)
-            spelled += [option, value] if equals else [option]
-            expects_value = not equals
-            if expects_value and option in switches and following.lower() not in ("true", "false"):
-                spelled.append("true")
-                expects_value = False
-            expects_value = expects_value and option not in ("--help", "--print_config")
-        elif expects_value:
-            spelled.append(argument)
-            expects_value = False
-        elif not waiting:
-            (listed if several else spelled).append(argument)
+    options: Options = []
+    waiting, listed = list(positional), []
+    several = waiting.pop().removesuffix("...") if waiting and waiting[-1].endswith("...") else ""
+    words = pairwise([*arguments, "--"])
+    for argument, following in words:
+        option, equals, value = argument.partition("=")
+        option = option.replace("-", "_").replace("__", "--", 1)
+        if argument == "-h":
+            options.append((argument, None))
+        elif not argument.startswith("--"):
+            if waiting:
+                options.append(("--" + waiting.pop(0), argument))
+            elif several:
+                listed.append(argument)
+            else:
+                options.append((argument, None))
+        elif equals:
+            options.append((option, value))
+        elif option in switches and following.lower() not in ("true", "false"):
+            options.append((option, "true"))
+        elif option in ASKING or following.startswith("--"):
+            options.append((option, None))
         else:
-            spelled += ["--" + waiting.pop(0), argument]
+            options.append((option, following))
+            next(words, None)
     if listed:
-        spelled += ["--" + several, json.dumps(listed)]
-    missing = [name for name in positional if "--" + name not in spelled]
-    required = {entry.name for entry in fields(cls) if entry.default is MISSING and entry.default_factory is MISSING}
-    asked = {"--help", "-h", "--print_config"} & set(spelled)
-    if not asked and required.intersection(missing):
-        raise ConfigError(f"missing argument {missing[0].upper()}")
-    for place, argument in enumerate(spelled[:-1]):
-        if argument == "--config":
-            spelled[place + 1] = str(find_config(spelled[place + 1]))
-    return spelled
+        options.append(("--" + several, json.dumps(listed)))
+    return [(option, str(find_config(value)) if option == "--config" and value else value) for option, value in options]
 
 
-def _check_option(cls: type, option: str, value: str):
-    """Refuses what jsonargparse would refuse in its own words, or take: an unknown key, a group that is none, null."""
-    key = option.removeprefix("--").removesuffix("+")
-    kind = kind_of(cls, key) if option.startswith("--") else None
-    if option == "--config":
-        if not value:
-            raise ConfigError("--config needs a value")
-        _check_settings(cls, _read(Path(value)), f"{value}: ")
-    elif is_dataclass(kind):
-        is_file = Path(value).is_file()
-        loaded = _read(Path(value)) if is_file else _loaded(value)
-        if is_file or isinstance(loaded, dict):
-            _check_settings(cls, {key: loaded}, f"{value}: " if is_file else "")
-    elif option.startswith("--") and "." in key and kind is None:
-        raise ConfigError(_unknown_argument(option, cls))
+def _check_options(cls: type, options: Options, positional: tuple[str, ...]):
+    """Refuses what jsonargparse would refuse in its own words, or take: unknown keys, groups that are none, null."""
+    known = config_keys(cls)
+    for option, value in options:
+        key = option.removeprefix("--").removesuffix("+")
+        if option not in ASKING and (not option.startswith("--") or (key != "config" and not kind_of(cls, key))):
+            raise ConfigError(f"unknown argument {option!r}{suggestion(option, ['--' + key for key in known])}")
+        if option not in ASKING and (value is None or (key == "config" and not value)):
+            raise ConfigError(f"{option} needs a value")
+    given = set()
+    for place, key, value in _settings(cls, options):
+        kind = kind_of(cls, key)
+        if kind is None:
+            raise ConfigError(f"{place}unknown key {key!r}{suggestion(key, known)}")
+        if is_dataclass(kind) or (value is None and not takes_null(kind)):
+            raise ConfigError(f"{place or '--'}{key} must be {in_words(kind)}, got {_shown(value)}")
+        given.add(key)
+    required = [entry.name for entry in fields(cls) if entry.default is entry.default_factory is MISSING]
+    for name in required:
+        if name not in given and not any(option in ASKING for option, _ in options):
+            is_position = name in [word.removesuffix("...") for word in positional]
+            raise ConfigError(f"missing argument {name.upper()}" if is_position else f"--{name} is missing")
+
+
+def _settings(cls: type, options: Options) -> Iterator[tuple[str, str, Any]]:
+    """The place, the dotted key and the value of every setting, those of files and groups one by one."""
+    for option, value in options:
+        key = option.removeprefix("--").removesuffix("+")
+        if option in ASKING or value is None:
+            continue
+        if key == "config":
+            yield from _nested(cls, _read(Path(value)), f"{value}: ", Path(value).parent)
+            continue
+        loaded = _loaded(option, value) if takes_table(kind_of(cls, key)) else value
+        is_group = is_dataclass(kind_of(cls, key)) and isinstance(loaded, dict)
+        yield from _nested(cls, {key: loaded if is_group else value}, "", Path())
+
+
+def _nested(cls: type, settings: dict, place: str, folder: Path) -> Iterator[tuple[str, str, Any]]:
+    flat = _flatten(settings, config_keys(cls))
+    # A file may spell a setting in two ways, ``train: {steps: 3}`` and ``train.steps: 3``.
+    if repeated := [key for key, times in Counter(key for key, _ in flat).items() if times > 1]:
+        raise ConfigError(f"{place or '--'}{repeated[0]} is given twice")
+    for key, value in flat:
+        # The name of a file may stand for a group.
+        if is_dataclass(kind_of(cls, key)) and isinstance(value, str) and (folder / value).is_file():
+            file = folder / value
+            yield from _nested(cls, {key: _read(file)}, f"{file}: ", file.parent)
+        else:
+            yield place, key, value
 
 
 def _read(path: Path) -> dict:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        loaded = load_yaml(path.read_text(encoding="utf-8"))
+    except RepeatedKey as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: must hold keys and values, got {type(loaded).__name__}")
     return loaded
 
 
-def _loaded(text: str) -> Any:
+def _loaded(option: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
+    except RepeatedKey as error:
+        raise ConfigError(f"{option}: {error}") from None
     except yaml.YAMLError:
         return text
-
-
-def _check_settings(cls: type, settings: dict, place: str):
-    """Names the place and the nearest key where jsonargparse would name only the group."""
-    known = config_keys(cls)
-    for key, value in _flatten(settings, known):
-        kind = kind_of(cls, key)
-        if key not in known:
-            raise ConfigError(f"{place}unknown key {key!r}{suggestion(key, known)}")
-        # The name of a file may stand for a group.
-        is_no_group = is_dataclass(kind) and not isinstance(value, dict | str)
-        if is_no_group or (value is None and not takes_null(kind)):
-            raise ConfigError(f"{place or '--'}{key} must be {in_words(kind)}, got {_shown(value)}")
 
 
 def _flatten(mapping: dict, known: list[str], prefix: str = "") -> list[tuple[str, Any]]:
@@ -495,41 +518,23 @@ def _shown(value: Any) -> str:
     return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "..."
 
 
-def _unknown_argument(word: str, cls: type) -> str:
-    return f"unknown argument {word!r}" + suggestion(word, ["--" + key for key in config_keys(cls)])
-
-
-def _explain(message: str, cls: type, parser: ArgumentParser, arguments: list[str]) -> str:
-    """One line for a parser error, with the nearest key where the key is unknown."""
+def _explain(message: str, cls: type, parser: ArgumentParser, options: Options) -> str:
+    """One line for a parser error: which option or file gives a setting a value of another type."""
     line = " ".join(message.split())
-    if found := re.match(r"unrecognized arguments: (.*)", line):
-        return _unknown_argument(found[1].split()[0], cls)
-    if found := re.match(r"argument (--\S+): expected one argument", line):
-        return f"{found[1]} needs a value"
-    if found := KEY.findall(line):
-        return _misfit(found[-1], cls, parser, arguments)
-    return line
-
-
-def _misfit(key: str, cls: type, parser: ArgumentParser, arguments: list[str]) -> str:
-    """Which option or file gives ``key`` a value of another type, and what it must be."""
-    for option, value in pairwise([*arguments, ""]):
-        if not option.startswith("--") or option in ("--help", "--print_config"):
+    if not (found := KEY.findall(line)):
+        return line
+    key = found[-1]
+    for option, value in options:
+        if value is None or option in ASKING:
             continue
         try:
-            parser.parse_args([option, value])
+            parser.parse_args([f"{option}={value}"])
         except ArgumentError as error:
             if key in KEY.findall(" ".join(str(error).split())):
-                break
-    else:
-        return f"--{key} must be {in_words(kind_of(cls, key))}"
-    name = option.removeprefix("--").removesuffix("+")
-    if option != "--config" and not (key.startswith(f"{name}.") and is_dataclass(kind_of(cls, name))):
-        return f"{option} must be {in_words(kind_of(cls, name))}, got {_shown(value)}"
-    is_file = Path(value).is_file()
-    settings = _read(Path(value)) if is_file else _loaded(value)
-    given = dict(_flatten(settings if option == "--config" else {name: settings}, config_keys(cls))).get(key)
-    return f"{value + ': ' if is_file else '--'}{key} must be {in_words(kind_of(cls, key))}, got {_shown(given)}"
+                for place, name, given in _settings(cls, [(option, value)]):
+                    if name == key or name.startswith(f"{key}."):
+                        return f"{place or '--'}{name} must be {in_words(kind_of(cls, name))}, got {_shown(given)}"
+    return f"--{key} must be {in_words(kind_of(cls, key))}"
 
 
 def save_config(config: Any, path: Path):

@@ -1,12 +1,45 @@
-"""The types of settings, which are fields of nested dataclasses, by dotted key and in words for whoever sets them."""
+"""Settings, which are fields of nested dataclasses: their types by dotted key, in words, and how YAML gives them."""
 
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["in_words", "kind_of", "takes_null"]
+import yaml
+
+__all__ = ["RepeatedKey", "in_words", "kind_of", "load_yaml", "takes_null", "takes_table"]
 
 WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+
+
+class RepeatedKey(yaml.YAMLError):
+    """A mapping gives a key twice."""
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # Before merge keys (<<) are resolved, whose values a mapping may well give once more.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise RepeatedKey(f"{key.value!r} is given twice, in lines {lines[key.value]} and {line}")
+            lines[str(key.value)] = line
+        return node
+
+
+def load_yaml(text: str) -> Any:
+    """What YAML says, if no key of it is repeated, of which the last would win without a word.
+
+    Raises:
+        RepeatedKey: a key is repeated.
+        yaml.YAMLError: the text is no YAML.
+    """
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def kind_of(cls: type, key: str) -> Any:
@@ -18,8 +51,12 @@ def kind_of(cls: type, key: str) -> Any:
     if is_dataclass(kind):
         return kind_of(kind, rest)
     # ``--roots.visa FOLDER`` sets one entry of a table.
-    tables = [part for part in _alternatives(kind) if get_origin(part) is dict]
+    tables = _tables(kind)
     return get_args(tables[0])[1] if tables else None
+
+
+def takes_table(kind: Any) -> bool:
+    return is_dataclass(kind) or bool(_tables(kind))
 
 
 def takes_null(kind: Any) -> bool:
@@ -41,6 +78,10 @@ def in_words(kind: Any) -> str:
         several = origin is list or parts[-1] is Ellipsis
         return f"[{in_words(parts[0])}, ...]" if several else f"[{', '.join(map(in_words, parts))}]"
     return WORDS.get(kind, "a value")
+
+
+def _tables(kind: Any) -> list:
+    return [part for part in _alternatives(kind) if get_origin(part) is dict]
 
 
 def _alternatives(kind: Any) -> tuple:

@@ -1,6 +1,7 @@
 """Configuration: shipped files, overrides, suggestions, and that no setting is dead."""
 
 import re
+from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 from dino_depth.cli import COMMANDS, main
 from dino_depth.config import PretrainConfig, config_keys, find_config, load_config, parse, save_config
 from dino_depth.errors import ConfigError
-from dino_depth.settings import in_words, kind_of
+from dino_depth.settings import in_words, kind_of, load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 # What only the parser's own messages say.
@@ -59,6 +60,10 @@ def test_overrides_win_in_order(tmp_path):
         (["--config"], "--config needs a value"),
         (["stray"], "stray"),
         (["--optim.lr"], "--optim.lr needs a value"),
+        (["--train.steps=--3"], "--train.steps must be a whole number, got --3"),
+        (["--data.worker=4"], "unknown argument '--data.worker'; did you mean '--data.workers'?"),
+        (["--optim", "{lr: 1, lr: 2}"], "--optim: 'lr' is given twice, in lines 1 and 1"),
+        (["--data.mixing", "{a: 1, a: 2}"], "--data.mixing: 'a' is given twice, in lines 1 and 1"),
         (["--optim.lr", "abc"], "--optim.lr must be a number, got abc"),
         (["--optim.lr", "abc", "--optim.lr", "3"], "--optim.lr must be a number, got abc"),
         (["--optim", "{lr: abc}"], "--optim.lr must be a number, got abc"),
@@ -110,6 +115,9 @@ def test_a_group_of_another_command_is_unknown(capsys):
         ("optim: {lr: abc}", "optim.lr must be a number, got abc"),
         ("train: {precision: f16}", "train.precision must be one of bf16, fp32, got f16"),
         ("data: {mixing: {a: b}}", 'data.mixing must be {name: a number, ...}, got {"a": "b"}'),
+        ("train:\n  steps: 3\ntrain:\n  steps: 5", ": 'train' is given twice, in lines 1 and 3"),
+        ("train:\n  steps: 3\n  steps: 3", ": 'steps' is given twice, in lines 2 and 3"),
+        ("train: {steps: 3}\ntrain.steps: 5", ": train.steps is given twice"),
         ("data: [", "not YAML"),
         ("- 1", "keys"),
         ("!!python/object/apply:os.getcwd []", "not YAML"),
@@ -126,7 +134,7 @@ def test_a_bad_file_is_named(tmp_path, text, expected):
 @pytest.mark.parametrize(
     "text, expected",
     [("dim: abc", "model.dim must be a whole number, got abc"), ("dimm: 3", "unknown key 'model.dimm'"),
-     ("dim: null", "model.dim must be a whole number, got null")],
+     ("dim: null", "model.dim must be a whole number, got null"), ("dim: 1\ndim: 2", "'dim' is given twice")],
 )  # fmt: skip
 def test_a_bad_file_of_a_group_is_named(tmp_path, text, expected):
     file = tmp_path / "model.yaml"
@@ -136,6 +144,41 @@ def test_a_bad_file_of_a_group_is_named(tmp_path, text, expected):
     with pytest.raises(ConfigError) as error:
         read("--model", str(file))
     assert str(error.value).startswith(f"{file}: {expected}")
+    (tmp_path / "all.yaml").write_text("model: model.yaml")
+    with pytest.raises(ConfigError) as error:
+        read("--config", str(tmp_path / "all.yaml"))
+    assert str(error.value).startswith(f"{file}: {expected}")
+
+
+def test_a_merged_mapping_may_give_a_key_once_more():
+    assert load_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {<<: *a}") == {
+        "a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 2}
+    }  # fmt: skip
+
+
+def test_no_shipped_file_repeats_a_key():
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        load_yaml(path.read_text())
+
+
+def test_options_joined_with_their_values_mean_the_same():
+    assert read("--init-from=--x", "--resume=false", "--data.splits=[a]") == read(
+        "--resume", "false", "--init_from=--x", "--data.splits", "[a]"
+    )
+
+
+def test_what_a_command_requires_is_told_in_plain_words_and_may_stand_in_a_file(tmp_path):
+    for name, command in COMMANDS.items():
+        cls = getattr(import_module(command.module), command.config)
+        required = [entry.name for entry in fields(cls) if entry.default is entry.default_factory is MISSING]
+        for missing in required:
+            words = [word for key in required if key != missing for word in (f"--{key}", "bop")]
+            is_position = missing in [word.removesuffix("...") for word in command.positional]
+            told = f"missing argument {missing.upper()}" if is_position else f"--{missing} is missing"
+            with pytest.raises(ConfigError, match=f"^{told}$"):
+                parse(cls, words, name, command.positional)
+            (tmp_path / "rest.yaml").write_text(f"{missing}: {'[bop]' if missing == 'encoders' else 'bop'}")
+            parse(cls, [*words, "--config", str(tmp_path / "rest.yaml")], name, command.positional)
 
 
 def test_saved_configurations_read_back(tmp_path):

@@ -37,6 +37,7 @@ from dino_depth.anomaly.heads import open_head
 from dino_depth.config import config_keys, find_config, load_config, save_config
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.lock import NO_LOCKS
+from dino_depth.settings import load_yaml
 
 __all__ = ["GOOD", "Run", "alone", "published_rows", "undefined", "write_arrays", "write_ply", "write_whole"]
 
@@ -88,7 +89,7 @@ def published_rows(benchmark: str, setup: str) -> list[dict[str, Any]]:
     path = find_config("published")
     rows = []
     try:
-        for table in yaml.safe_load(path.read_text(encoding="utf-8")):
+        for table in load_yaml(path.read_text(encoding="utf-8")):
             if table["benchmark"] != benchmark or table.get("setup", "") != setup:
                 continue
             shared = {key: table[key] for key in ("paper", "table")} | {"scale": table.get("scale", "")}

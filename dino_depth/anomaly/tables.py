@@ -29,6 +29,7 @@ from dino_depth.anomaly.evaluate import stopping
 from dino_depth.anomaly.results import Run, published_rows, write_whole
 from dino_depth.config import find_config, load_config, parse, suggestion
 from dino_depth.errors import ConfigError, DataError, Interrupted, ReportedError
+from dino_depth.settings import load_yaml
 
 __all__ = ["TablesConfig", "WeightsConfig", "tables"]
 
@@ -182,7 +183,7 @@ def chosen_rows(config: TablesConfig) -> list[Row]:
 def _recipes() -> dict[str, dict[str, Any]]:
     path = find_config("tables")
     try:
-        recipes = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipes = load_yaml(path.read_text(encoding="utf-8"))
         return {str(name): {"config": recipe["config"], **recipe} for name, recipe in recipes.items()}
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{path}: {' '.join(str(error).split())}") from error

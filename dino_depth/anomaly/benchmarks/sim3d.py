@@ -38,6 +38,7 @@ from dino_depth.anomaly.benchmarks.truth import TruthOptions, read_truth
 from dino_depth.anomaly.dataset import Benchmark, Sample, Split, View, named
 from dino_depth.anomaly.geometry import Camera
 from dino_depth.errors import DataError
+from dino_depth.settings import load_yaml
 
 __all__ = ["Sim3dOptions", "open_benchmark"]
 
@@ -225,7 +226,7 @@ def _paired(synthetic: Files, real: Files, category: str, options: Sim3dOptions)
 
 def _view_map(path: Path, category: str) -> dict[str, str]:
     try:
-        pairs = yaml.safe_load(path.read_text(encoding="utf-8"))[category]
+        pairs = load_yaml(path.read_text(encoding="utf-8"))[category]
         return {str(stem): str(other) for stem, other in pairs.items()}
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__} {' '.join(str(error).split())}"
