@@ -20,7 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from dino_depth.depth import Normalization
 from dino_depth.errors import ConfigError
 from dino_depth.settings import RepeatedKey, in_words, kind_of, load_yaml, takes_null, takes_table
-from dino_depth.urls import is_url, refuse_secrets
+from dino_depth.urls import is_url, refuse_secrets, refuse_url
 
 __all__ = [
     "CropConfig", "DataConfig", "DistillConfig", "HealthConfig", "LossConfig", "ModelConfig", "OptimConfig",
@@ -29,6 +29,7 @@ __all__ = [
 
 KEY = re.compile(r'Parser key "([^"]+)"')  # of jsonargparse's messages
 LONGEST_VALUE = 80
+WRITTEN = ("out", "cache", "staging")  # what settings are called that name a folder to write to
 ASKING = ("-h", "--help", "--print_config")
 
 Options = list[tuple[str, str | None]]
@@ -357,7 +358,8 @@ def parse(cls: type, arguments: list[str], program: str, positional: tuple[str, 
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, a missing argument or an unreadable file; a URL that
-            holds a password or the like, or any for ``out`` where the class does not say ``writes_to_urls``.
+            holds a password or the like, or any for a folder that is written to, but an ``out`` where the class says
+            ``writes_to_urls``.
         SystemExit: after ``--help`` or ``--print_config``.
     """
     usage = " ".join([program, *(name.upper() for name in positional), "[--key value ...]"])
@@ -373,10 +375,10 @@ def parse(cls: type, arguments: list[str], program: str, positional: tuple[str, 
         raise ConfigError(_explain(str(error), cls, parser, options)) from None
     values.pop("config", None)
     config = cls(**vars(parser.instantiate(values)))
-    # As a path it would become a local folder, called after all that the URL holds. It is not shown: it may be secret.
-    if "://" in str(getattr(config, "out", "")) and not getattr(cls, "writes_to_urls", False):
-        raise ConfigError(f"out is a URL, and {program} writes to a local folder: copy what it writes afterwards")
     for key, text in _texts(asdict(config)):
+        name = key.rpartition(".")[2]
+        if name in WRITTEN and not (name == "out" and getattr(cls, "writes_to_urls", False)):
+            refuse_url(text, key)
         # A licence is words, which a run folder and a card repeat; every other URL is a place.
         if is_url(text) and not key.endswith("licence"):
             refuse_secrets(text, key)

@@ -32,7 +32,7 @@ from fsspec import AbstractFileSystem
 
 from dino_depth.config import suggestion
 from dino_depth.errors import ConfigError, DataError, ReportedError
-from dino_depth.urls import redacted, refuse_secrets
+from dino_depth.urls import redacted, refuse_secrets, refuse_url
 
 __all__ = ["RemotePath", "ShardCache", "default_cache", "location", "open_shard"]
 
@@ -201,8 +201,14 @@ def _one_line(error: Exception) -> str:
 
 
 def default_cache() -> Path:
-    """The cache folder where none is named: ``$DINO_DEPTH_CACHE``, else ``~/.cache/dino-depth``."""
-    return Path(os.environ.get("DINO_DEPTH_CACHE") or Path.home() / ".cache" / "dino-depth")
+    """The cache folder where none is named: ``$DINO_DEPTH_CACHE``, else ``~/.cache/dino-depth``.
+
+    Raises:
+        ConfigError: the variable holds a URL.
+    """
+    named = os.environ.get("DINO_DEPTH_CACHE", "")
+    refuse_url(named, "DINO_DEPTH_CACHE")
+    return Path(named or Path.home() / ".cache" / "dino-depth")
 
 
 class ShardCache:

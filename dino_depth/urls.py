@@ -4,7 +4,7 @@ import re
 
 from dino_depth.errors import ConfigError
 
-__all__ = ["is_url", "redacted", "refuse_secrets"]
+__all__ = ["is_url", "redacted", "refuse_secrets", "refuse_url"]
 
 CONTAINERS = ("abfs", "abfss")
 WEB = ("http", "https")
@@ -19,6 +19,18 @@ ENDS = re.compile(r"""[\s"'<>]""")
 def is_url(text: str) -> bool:
     """Whether a text is a URL and no local path; ``file://`` is one."""
     return re.match(r"[\w+.:-]+://", text) is not None and not text.startswith(("file://", "local://"))
+
+
+def refuse_url(text: str, key: str):
+    """Refuses a URL where only a local folder is written to.
+
+    As a path it would become a local folder, called after all that the URL holds. It is not shown: it may be secret.
+
+    Raises:
+        ConfigError: the text is a URL; names the setting ``key``.
+    """
+    if "://" in text:
+        raise ConfigError(f"{key} is a URL, and must be a local folder: copy what is written there afterwards")
 
 
 def refuse_secrets(url: str, key: str = ""):

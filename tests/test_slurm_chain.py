@@ -108,7 +108,7 @@ def test_what_an_earlier_encoder_made_is_not_taken_for_the_new_one(settings, tra
             {"prep": {"config": "prep/split_d"}},
             "^prep: --config prep/split_d: no such file; did you mean 'prep/split_c'",
         ),
-        ({"export": {"image_size": 84}}, "^export: the following arguments are required: run"),
+        ({"export": {"image_size": 84}}, "^export: --run is missing"),
         ({"out": "", "prep": {}}, "out is empty"),
     ],
 )

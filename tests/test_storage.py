@@ -167,7 +167,7 @@ def test_what_may_be_secret_in_a_url_is_refused_and_not_repeated(url, tiny, caps
     assert cli.main(["check", url]) == 2
     for option in ("--data.shards", "--data.cache", "--train.evaluate_shards", "--init_from"):
         assert cli.main(["pretrain", option, url, "--out", tiny.out]) == 2
-        assert f"{option[2:]}: " in (said := capsys.readouterr().err) and "secret" not in said
+        assert f"dino-depth: {option[2:]}" in (said := capsys.readouterr().err) and "secret" not in said
     assert cli.main(["prep", "folder", "--root", str(tiny.out), "--roots.visa", url]) == 2
     assert "roots.visa: " in (said := capsys.readouterr().err) and "secret" not in said
     assert not Path(tiny.out).exists()
@@ -195,6 +195,30 @@ def test_a_url_to_write_to_becomes_no_local_folder(arguments, tmp_path, monkeypa
     assert cli.main([*arguments, "--out", "https://me:secret@example.org/x"]) == 2
     error = capsys.readouterr().err
     assert "out is a URL" in error and "secret" not in error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, key",
+    [(["pretrain", "--data.shards", "shards", "--data.cache"], "data.cache"),
+     (["pretrain", "--data", "{shards: s, cache: 'https://example.org/x'}", "--data.cache"], "data.cache"),
+     (["check", "shards", "--cache"], "cache"), (["inspect", "shards", "--cache"], "cache"),
+     (["prep", "folder", "--root", "raw", "--out", "memory://x", "--staging"], "staging"),
+     (["evaluate", "--encoder.cache"], "encoder.cache"), (["evaluate", "--head.cache"], "head.cache")],
+)  # fmt: skip
+@pytest.mark.parametrize("url", ["https://example.org/x", "s3://bucket/x", "file:///x"])
+def test_a_url_for_any_folder_that_is_written_to_becomes_no_local_folder(
+    arguments, key, url, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*arguments, url]) == 2
+    assert capsys.readouterr().err.startswith(f"dino-depth: {key} is a URL, and must be a local folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_url_in_the_environment_becomes_no_cache_folder(monkeypatch):
+    monkeypatch.setenv("DINO_DEPTH_CACHE", "https://example.org/x")
+    with pytest.raises(ConfigError, match="^DINO_DEPTH_CACHE is a URL"):
+        ShardCache()
 
 
 def test_places_that_only_look_like_secrets_stay():
