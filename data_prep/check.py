@@ -25,6 +25,7 @@ from dino_depth.sample import sample_map
 from dino_depth.shard_format import JSON, MANIFEST, StoredSample, parse_description, read_manifest, read_samples
 from dino_depth.shard_index import SampleIndex
 from dino_depth.storage import RemotePath, ShardCache, location
+from dino_depth.terminal import say
 
 __all__ = ["CheckConfig", "check"]
 
@@ -98,11 +99,11 @@ def check(config: CheckConfig) -> None:
         _check_index(folder, row, parts, cache)
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 2**20
     for dataset, one in figures.items():
-        print(f"{dataset}: {one}")
+        say(f"{dataset}: {one}")
     if doubts:
         more = f"; and {doubtful - len(doubts)} more" if doubtful > len(doubts) else ""
-        print(f"{doubtful} of the maps are hard to believe: {'; '.join(doubts)}{more}")
-    print(f"{folder} is intact: {samples.total()} maps in {len(manifest['shards'])} shards, {size:.1f} MiB")
+        say(f"{doubtful} of the maps are hard to believe: {'; '.join(doubts)}{more}")
+    say(f"{folder} is intact: {samples.total()} maps in {len(manifest['shards'])} shards, {size:.1f} MiB")
 
 
 def _limits(manifest: dict, dataset: str) -> PlausibilityConfig:

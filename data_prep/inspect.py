@@ -35,6 +35,7 @@ from dino_depth.progress import Progress
 from dino_depth.sample import sample_map
 from dino_depth.shard_format import MANIFEST, parse_description, read_manifest, read_samples
 from dino_depth.storage import RemotePath, ShardCache, location, open_shard
+from dino_depth.terminal import say
 
 __all__ = ["InspectConfig", "inspect"]
 
@@ -132,7 +133,7 @@ def inspect(config: InspectConfig):
     )
     write_page(out, page)
     shown = sum(map(len, sheets.values()))
-    print(f"{out}: {manifest['total']} maps, {shown} of them shown, {_bytes(out.stat().st_size)}")
+    say(f"{out}: {manifest['total']} maps, {shown} of them shown, {_bytes(out.stat().st_size)}")
 
 
 def _read(folder: Path | RemotePath, manifest: dict, config: InspectConfig, cache: ShardCache) -> _Found:

@@ -16,6 +16,7 @@ from data_prep.shard_writer import makes_images, reader_module
 from data_prep.tree import RawTree
 from dino_depth.config import suggestion
 from dino_depth.errors import ConfigError, DataError
+from dino_depth.terminal import plain
 
 __all__ = ["READERS", "Listing", "compare", "known_reader", "list_source", "table", "verdict"]
 
@@ -143,7 +144,8 @@ def table(listing: Listing) -> str:
         if (category, split, label) not in counts:
             words = (category or "(all)", split or "(all)", label or "(all)")
             lines.append(f"{words[0][:22]:22} {words[1][:16]:16} {words[2][:20]:20}{found:7}{published:>11}")
-    return "\n".join([*lines, "", textwrap.fill(verdict(listing), 80, break_on_hyphens=False)])
+    lines += ["", *textwrap.wrap(verdict(listing), 80, break_on_hyphens=False)]
+    return "\n".join(map(plain, lines))
 
 
 def verdict(listing: Listing) -> str:

@@ -43,6 +43,7 @@ from dino_depth.progress import Progress
 from dino_depth.shard_format import FORMAT, INVERSE_VERSION, VERSION
 from dino_depth.shard_index import INDEX, SampleIndex, read_index
 from dino_depth.storage import RemotePath
+from dino_depth.terminal import plain, say
 
 __all__ = ["Plan", "PrepareConfig", "begin", "finish", "plan", "prepare", "write_share"]
 
@@ -150,7 +151,7 @@ def prepare(config: PrepareConfig) -> dict:
         if already_finished:
             manifest = verify_finished(planned.destination, planned.config, planned.listed)
             intact = "complete (sizes compared)" if planned.remote else "intact"
-            print(f"{planned.destination} was finished before and is {intact}: {_total(manifest)}")
+            say(f"{planned.destination} was finished before and is {intact}: {_total(manifest)}")
             return manifest
         begin(planned)
         return _finish(planned, _write(planned, planned.tasks))
@@ -174,7 +175,7 @@ def plan(config: PrepareConfig, device: str = "") -> Plan:
     listings = [list_source(name, root, _options(config, name)) for name, root in sources.items()]
     for listing in listings:
         if not listing.origin["synthetic"]:
-            print(verdict(listing), flush=True)
+            say(verdict(listing))
     names = Counter(listing.dataset for listing in listings)
     if twice := [name for name, uses in names.items() if uses > 1]:
         raise ConfigError(f"two sources are called {twice[0]}: give one another folder.name")
@@ -348,7 +349,7 @@ def _finish(planned: Plan, rows: dict[str, dict]) -> dict:
     manifest["index"] = {"file": INDEX, "sha256": digest_pieces(index), "bytes": size}
     publish(planned.out, planned.remote, manifest, index)
     print(_summary(manifest))
-    print(f"{_total(manifest)} in {planned.destination}")
+    say(f"{_total(manifest)} in {planned.destination}")
     return manifest
 
 
@@ -415,4 +416,4 @@ def _summary(manifest: dict) -> str:
             f"{category[:24]:24}" + "".join(f"{row.get(name, 0):14}" for name in names)
             for category, row in rows.items()
         ]
-    return "\n".join(parts)
+    return "\n".join(map(plain, parts))

@@ -5,6 +5,7 @@
 
 import errno
 import importlib
+import logging
 import re
 import sys
 import traceback
@@ -14,6 +15,7 @@ from pathlib import Path
 from dino_depth import __version__
 from dino_depth.config import parse, suggestion
 from dino_depth.errors import ConfigError, Interrupted, ReportedError
+from dino_depth.terminal import TerminalWarnings, say
 from dino_depth.urls import redacted
 
 __all__ = ["main"]
@@ -146,6 +148,7 @@ def _describe(error: OSError) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    logging.getLogger("dino_depth").handlers = [TerminalWarnings()]
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
     except ReportedError as error:
@@ -164,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
         message, code = f"{type(error).__name__}: {error}", 1
     else:
         return 0
-    print(f"dino-depth: {redacted(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    say(f"dino-depth: {redacted(' '.join(message.split()))}", error=True)
     return code
 
 

@@ -6,8 +6,11 @@ import sys
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+from dino_depth.terminal import plain, say
 
 __all__ = ["Progress", "peak_memory"]
 
@@ -44,7 +47,7 @@ class Progress:
             columns = [TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.completed}/{task.total}")]
             columns += [TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}")]
             self.bar = Bar(*columns, console=console, expand=True)
-            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, note="")
+            self.task = self.bar.add_task(escape(plain(self.title)), total=self.total, completed=self.done, note="")
             self.bar.start()
         return self
 
@@ -59,7 +62,7 @@ class Progress:
         self.done += steps
         self.note = note or self.note
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, note=self._figures())
+            self.bar.update(self.task, completed=self.done, note=escape(plain(self._figures())))
         elif time.monotonic() - self.said >= self.every:
             self._say()
 
@@ -74,4 +77,4 @@ class Progress:
         rate = (self.done - self.first) / max(self.said - self.start, 1e-9)
         left = (self.total - self.done) / rate if rate else float("inf")
         ending = f", {left:.0f} s left" if 0 < left < float("inf") else ""
-        print(f"{self.title}: {self.done}/{self.total} ({self._figures()}{ending})", file=sys.stderr, flush=True)
+        say(f"{self.title}: {self.done}/{self.total} ({self._figures()}{ending})", error=True)

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from submitit.core.utils import UncompletedJobError
 from submitit.helpers import DelayedSubmission, clean_env
 
 from dino_depth.errors import ConfigError, Interrupted, ReportedError
+from dino_depth.terminal import say
 
 __all__ = ["Resumable", "SubmitConfig", "cancel", "minutes", "outcome", "queued", "require_slurm", "submit"]
 
@@ -90,7 +90,7 @@ class Resumable:
             if isinstance(error, Interrupted) and _runs():
                 # SIGTERM, yet Slurm has not ended the job: it announces preemption. submitit's handler requeues.
                 os.kill(os.getpid(), signal.SIGUSR2)
-            print(f"dino-depth: {error}", file=sys.stderr, flush=True)
+            say(f"dino-depth: {error}", error=True)
             raise SystemExit(error.exit_code) from None
 
     def checkpoint(self) -> DelayedSubmission:

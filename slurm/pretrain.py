@@ -20,7 +20,6 @@ ends rank 0 while that writes the checkpoint, some seconds after another rank ha
 import os
 import shlex
 import signal
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from dino_depth.slurm import jobs
 from dino_depth.slurm.jobs import SubmitConfig
 from dino_depth.slurm.submission import absolute, announce, logs_beside, note, refuse_second, wait
 from dino_depth.storage import RemotePath, location
+from dino_depth.terminal import say
 
 __all__ = ["Rank", "submit"]
 
@@ -192,7 +192,7 @@ class Rank:
             raise error
         # What rank 0 prints stands in one file with what the job's script prints.
         if here.global_rank:
-            print(f"dino-depth: {reason}", file=sys.stderr, flush=True)
+            say(f"dino-depth: {reason}", error=True)
         raise SystemExit(code) from None
 
 

@@ -32,6 +32,7 @@ from dino_depth.config import suggestion
 from dino_depth.device import pick_device
 from dino_depth.errors import ConfigError, DataError, Interrupted
 from dino_depth.frozen import load_frozen
+from dino_depth.terminal import say
 
 __all__ = [
     "EncoderConfig", "EvaluateConfig", "HeadConfig", "Instance", "begin", "check", "compute", "deal", "evaluate",
@@ -66,7 +67,7 @@ def evaluate(config: EvaluateConfig):
             for category in group:
                 _measure(session.run, session.benchmark, category)
                 session.run.write_results(categories)
-    print(f"{session.run.path}: {session.run.verdict}")
+    say(f"{session.run.path}: {session.run.verdict}")
 
 
 def check(config: EvaluateConfig) -> tuple[Benchmark, list[str]]:
@@ -223,7 +224,7 @@ def finish(config: EvaluateConfig):
             f"{config.out}: {len(missing)} of {total} instances are not scored "
             f"({', '.join(missing[:MISSING_SHOWN])}{more}): run the same command again to score them"
         )
-    print(f"{run.path}: {run.verdict}")
+    say(f"{run.path}: {run.verdict}")
 
 
 def _measure(run: Run, benchmark: Benchmark, category: str):

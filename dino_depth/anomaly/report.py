@@ -24,6 +24,7 @@ from dino_depth.anomaly.results import alone, undefined, write_whole
 from dino_depth.anomaly.strips import crop, grid, read_arrays, strips
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.picture import VIRIDIS, data_uri
+from dino_depth.terminal import say
 
 __all__ = ["ReportConfig", "page_environment", "report", "viewer_parts"]
 
@@ -102,7 +103,7 @@ def report(config: ReportConfig):
         raise DataError(f"{run / RESULTS}: not as evaluate writes it: {type(error).__name__} {error}") from error
     write_whole(out, page.encode())
     shown = sum(len(part["instances"]) for part in classes)
-    print(f"{out}: {len(results['categories'])} classes, {shown} instances shown, {out.stat().st_size / 1e6:.1f} MB")
+    say(f"{out}: {len(results['categories'])} classes, {shown} instances shown, {out.stat().st_size / 1e6:.1f} MB")
 
 
 def page_environment(package: str) -> jinja2.Environment:

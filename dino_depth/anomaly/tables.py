@@ -30,6 +30,7 @@ from dino_depth.anomaly.results import Run, published_rows, write_whole
 from dino_depth.config import find_config, load_config, parse, suggestion
 from dino_depth.errors import ConfigError, DataError, Interrupted, ReportedError
 from dino_depth.settings import load_yaml
+from dino_depth.terminal import say
 
 __all__ = ["TablesConfig", "WeightsConfig", "tables"]
 
@@ -136,13 +137,13 @@ def tables(config: TablesConfig) -> None:
     for number, (place, row) in enumerate(todo.items(), 1):
         if _finished(out, row):
             continue
-        print(f"row {number} of {len(todo)}: {place}", flush=True)
+        say(f"row {number} of {len(todo)}: {place}")
         if reason := _compute(config, out, row):
             reasons[place] = reason
-            print(f"  {reason}", flush=True)
+            say(f"  {reason}")
         _write(config, rows, reasons)
     _write(config, rows, reasons)
-    print(f"{out / 'tables.md'}: {sum(_finished(out, row) for row in rows)} of {len(rows)} rows")
+    say(f"{out / 'tables.md'}: {sum(_finished(out, row) for row in rows)} of {len(rows)} rows")
 
 
 def chosen_rows(config: TablesConfig) -> list[Row]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dino_depth.bench.speed import SIZES
 from dino_depth.picture import write_page
+from dino_depth.terminal import plain
 
 __all__ = ["as_markdown", "as_text", "rows_of_csv", "text_of", "write_tables"]
 
@@ -54,7 +55,7 @@ def as_text(result: dict) -> str:
             lines.append(f"{_short(label, FIRST + CELL):{FIRST + CELL}}{cells}")
     for one in result["encoders"]:
         lines += textwrap.wrap(f"{one['label']}: absent: {one['note']}", WIDTH) if one["note"] else []
-    return "\n".join(line.rstrip() for line in lines).rstrip()
+    return "\n".join(plain(line.rstrip()) for line in lines).rstrip()
 
 
 def _heading(result: dict, keys: list[str], title: str) -> str:

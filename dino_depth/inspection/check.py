@@ -23,6 +23,7 @@ from dino_depth.errors import DataError
 from dino_depth.inspection.parts import instance_folders, read_instance
 from dino_depth.inspection.rig import Rig
 from dino_depth.progress import Progress
+from dino_depth.terminal import say
 
 __all__ = ["PartsCheck", "PartsConfig", "check", "check_instance"]
 
@@ -128,7 +129,7 @@ def check(config: PartsConfig) -> list[PartsCheck]:
         extent = " x ".join(f"{1000 * side:.0f}" for side in part.extent)
         told = f"points span {extent} mm, views meet within {part.overlap:.3f}" if rig.cameras else "no camera"
         told = told.replace(", views meet within nan", "")
-        print(f"{folder.name:{width}}  missing {100 * part.missing:4.1f} %  at {part.distance:.3f} m  {told}")
+        say(f"{folder.name:{width}}  missing {100 * part.missing:4.1f} %  at {part.distance:.3f} m  {told}")
     convention = "" if rig.calibration == CalibrationOptions() else f", {rig.calibration.unit} {rig.calibration.axes}"
-    print(f"{root}: {len(checked)} instances of {checked[0].views} views{convention}, nothing contradicts the rig")
+    say(f"{root}: {len(checked)} instances of {checked[0].views} views{convention}, nothing contradicts the rig")
     return checked

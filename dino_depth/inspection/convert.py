@@ -30,6 +30,7 @@ from dino_depth.depth import DepthMap
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.inspection.rig import RIG, Rig, rig_json
 from dino_depth.progress import Progress
+from dino_depth.terminal import say
 
 __all__ = ["ConvertConfig", "convert", "write_instance"]
 
@@ -79,7 +80,7 @@ def convert(config: ConvertConfig) -> None:
         for place, write in instances:
             write(out / place)
             progress.advance()
-    print(f"{out}: {len(instances)} instances; dino-depth check {out / instances[0][0].parent}")
+    say(f"{out}: {len(instances)} instances; dino-depth check {out / instances[0][0].parent}")
 
 
 def write_instance(

@@ -20,6 +20,7 @@ from dino_depth.inspection.parts import read_parts
 from dino_depth.inspection.rig import Rig, read_rig
 from dino_depth.lock import EXCLUSIVE, locked
 from dino_depth.progress import Progress
+from dino_depth.terminal import say
 
 __all__ = ["CalibrateConfig", "FitConfig", "calibrate", "fit", "told"]
 
@@ -108,8 +109,8 @@ def fit(config: FitConfig) -> Inspector:
         inspector = _calibrated(inspector, held_out)
         inspector.save(out, bundle=config.bundle)
         shutil.rmtree(scratch, ignore_errors=True)
-    print(f"{out}: {inspector.title} on {_counted(len(parts))}, {_counted(len(held_out))} to calibrate")
-    print(told(inspector))
+    say(f"{out}: {inspector.title} on {_counted(len(parts))}, {_counted(len(held_out))} to calibrate")
+    say(told(inspector))
     return inspector
 
 
@@ -125,7 +126,7 @@ def calibrate(config: CalibrateConfig) -> Inspector:
     with locked(folder / ".lock", EXCLUSIVE, f"{folder}: another process calibrates it"):
         inspector = _calibrated(inspector, parts)
         inspector.save_decision(folder)
-    print(told(inspector))
+    say(told(inspector))
     return inspector
 
 

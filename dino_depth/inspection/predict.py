@@ -34,6 +34,7 @@ from dino_depth.inspection.page import write_inspection_page
 from dino_depth.inspection.parts import instance_folders, read_instance
 from dino_depth.lock import EXCLUSIVE, locked
 from dino_depth.progress import Progress
+from dino_depth.terminal import say
 
 __all__ = ["PredictConfig", "predict"]
 
@@ -113,7 +114,7 @@ def _all(config: PredictConfig, inspector: Inspector, out: Path, stopped: thread
     if stopped.is_set():
         raise Interrupted("stopped; run the same command again to continue")
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing new"
-    print(f"{out / TABLE}: {told}")
+    say(f"{out / TABLE}: {told}")
     if failed:
         raise DataError(f"{len(failed)} of {len(folders)} scans cannot be inspected, the first: {failed[0]}")
 
@@ -145,7 +146,7 @@ def _watch(config: PredictConfig, inspector: Inspector, out: Path, stopped: thre
     scans, seen = Path(config.scans), {}
     if not scans.is_dir():
         raise DataError(f"{scans} is not a folder")
-    print(f"{scans}: watched; stop with Ctrl-C", flush=True)
+    say(f"{scans}: watched; stop with Ctrl-C")
     while not stopped.is_set():
         worked, now = False, time.monotonic()
         folders = sorted(path for path in scans.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -170,7 +171,7 @@ def _watch(config: PredictConfig, inspector: Inspector, out: Path, stopped: thre
                     worked = True
                 continue
             _keep(config, out, inspection)
-            print(_line(inspection), flush=True)
+            say(_line(inspection))
             worked = True
         if not worked:
             stopped.wait(min(0.2, max(config.settled / 4, 0.02)))
@@ -200,7 +201,7 @@ def _reject(folder: Path, out: Path, error: DataError):
     else:
         shutil.move(folder, target)
     (target / "reason.txt").write_text(f"{error}\n", encoding="utf-8")
-    print(f"{folder.name}: moved to {target}: {error}", flush=True)
+    say(f"{folder.name}: moved to {target}: {error}")
 
 
 def _keep(config: PredictConfig, out: Path, inspection: Inspection):

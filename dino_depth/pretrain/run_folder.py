@@ -20,9 +20,10 @@ from dino_depth.config import PretrainConfig, load_config, save_config
 from dino_depth.errors import ConfigError, DataError
 from dino_depth.lock import EXCLUSIVE, locked
 from dino_depth.shards import DepthShards
+from dino_depth.terminal import TerminalWarnings
 from dino_depth.urls import redacted
 
-__all__ = ["RunFolder", "TerminalWarnings", "git_revision", "library_versions"]
+__all__ = ["RunFolder", "git_revision", "library_versions"]
 
 # Settings that do not change what is computed, and may differ between a run and its resumption.
 FREE = {
@@ -73,14 +74,6 @@ def _flat(mapping: dict, prefix: str = "") -> dict:
     for key, value in mapping.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-class TerminalWarnings(logging.Handler):
-    """Says warnings on standard error as well, whatever that is by then; the command itself says what ends a run."""
-
-    def emit(self, record: logging.LogRecord):
-        if record.levelno == logging.WARNING:
-            print(record.getMessage(), file=sys.stderr, flush=True)
 
 
 class RunFolder:

@@ -25,12 +25,13 @@ from dino_depth.pretrain.loading import make_loader, next_batch, on_device, open
 from dino_depth.pretrain.maps import Maps
 from dino_depth.pretrain.optim import clip, schedule, set_rates
 from dino_depth.pretrain.overlap import Behind, ahead
-from dino_depth.pretrain.run_folder import RunFolder, TerminalWarnings
+from dino_depth.pretrain.run_folder import RunFolder
 from dino_depth.pretrain.state import TrainingState
 from dino_depth.pretrain.stop import Stop
 from dino_depth.pretrain.student_teacher import Networks, Student, teacher_targets, update_teacher
 from dino_depth.progress import Progress, peak_memory
 from dino_depth.shards import DepthShards
+from dino_depth.terminal import TerminalWarnings
 from dino_depth.vit import probe_attention
 
 __all__ = ["check_settings", "pretrain"]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_depth.errors import DataError
+from dino_depth.terminal import say
 
 __all__ = ["FIGURES", "bootstrap", "demo_gate", "patch_sums", "pca_colours", "print_table", "query_rows"]
 
@@ -112,7 +113,7 @@ def print_table(result: dict):
     """The figures of a probe on at most 80 columns: trained with its interval, beside random and raw pixels."""
     seen = result["queries_seen_in_training"]
     seen = "" if seen is None else f" ({seen or 'none'} of them seen in training)"
-    print(f"{result['encoder']}, input {result['size']} px")
+    say(f"{result['encoder']}, input {result['size']} px")
     print(f"{result['query_maps']} query maps{seen}; {result['gallery_maps']} gallery maps")
     print(f"{len(result['categories'])} categories, chance {result['chance']:.3f}")
     compared = "gain" in result["figures"]["knn_class"]
