@@ -82,6 +82,7 @@ class Summary:
         median_code: code of the middle pixel.
         ends: of the nearest and the farthest depth each: that depth, the depth next to it, the share of valid pixels
             that have it, and how many times the range of all others it lies away from them.
+        coding: of the codes.
     """
 
     kind: Kind
@@ -93,6 +94,7 @@ class Summary:
     valid: float
     median_code: int
     ends: tuple[tuple[float, float, float, float], ...]
+    coding: Coding
 
 
 def summarise(codes: np.ndarray, near: float, far: float, kind: Kind, coding: Coding) -> Summary:
@@ -114,7 +116,7 @@ def summarise(codes: np.ndarray, near: float, far: float, kind: Kind, coding: Co
             ends.append((end, other, counts[code] / total, distance / others if others > 0 else np.inf))
     median = float(code_depth(middle, near, far, coding))
     step = coding_step(median, near, far, coding)
-    return Summary(kind, near, far, median, step, len(used), total / codes.size, middle, tuple(ends))
+    return Summary(kind, near, far, median, step, len(used), total / codes.size, middle, tuple(ends), coding)
 
 
 def implausible(summary: Summary, config: PlausibilityConfig) -> Iterator[tuple[str, str]]:
@@ -173,14 +175,14 @@ def refuse_unless_plausible(
     if getattr(options, "encoding", "") == "grey":
         return  # the brightness of a photograph may be anything
     for reason, remedy in implausible(summary, config):
-        raise DataError(reason + _remedy(remedy, reader, options))
+        raise DataError(reason + _remedy(remedy, reader, options, summary.coding))
     if summary.median_code <= config.codes:
         before, after = _told_apart(depth_map.depth, codes, summary.median)
         if before > 2 * after:
             raise DataError(
                 f"its nearer half holds {before} depths of which 16-bit codes over {summary.near:.4g}.."
                 f"{summary.far:.4g} tell {after} apart (plausible.codes {config.codes})"
-                + _remedy("range", reader, options)
+                + _remedy("range", reader, options, summary.coding)
             )
 
 
@@ -193,7 +195,7 @@ def _told_apart(depth: np.ndarray, codes: np.ndarray, median: float) -> tuple[in
     return len(np.unique(rounded)), len(np.unique(codes[chosen]))
 
 
-def _remedy(remedy: str, reader: str, options: Any) -> str:
+def _remedy(remedy: str, reader: str, options: Any, coding: Coding) -> str:
     """What to do about it, in the settings that the reader has."""
     has = {name: f"{reader}.{name}" for name in ("missing", "farthest", "unit") if hasattr(options, name)}
     if remedy == "unit" and "unit" in has:
@@ -201,7 +203,8 @@ def _remedy(remedy: str, reader: str, options: Any) -> str:
     if remedy == "missing" and "missing" in has:
         return f": name the stored value in {has['missing']}, or give {has['farthest']}"
     if remedy == "range":
-        return ": " + (f"give {has['farthest']}, or " if "farthest" in has else "") + "coding inverse"
+        other = "inverse" if coding == "linear" else "linear"
+        return ": " + (f"give {has['farthest']}, or " if "farthest" in has else "") + f"coding {other}"
     return ""
 
 

@@ -90,7 +90,7 @@ class Resumable:
             if isinstance(error, Interrupted) and _runs():
                 # SIGTERM, yet Slurm has not ended the job: it announces preemption. submitit's handler requeues.
                 os.kill(os.getpid(), signal.SIGUSR2)
-            say(f"dino-depth: {error}", error=True)
+            say(f"dino-depth: {' '.join(str(error).split())}", error=True)
             raise SystemExit(error.exit_code) from None
 
     def checkpoint(self) -> DelayedSubmission:

@@ -514,6 +514,15 @@ def test_codes_too_coarse_for_what_the_file_tells_apart_are_refused(tmp_path):
     assert np.abs(depth_map.depth - far_away(60))[:, :100].max() < 4e-6  # half of 7.6 um
 
 
+def test_where_codes_of_inverse_depth_are_too_coarse_linear_ones_are_advised(tmp_path):
+    values = far_away(20)
+    values[:, 20:] = np.linspace(19, 20, 140, dtype=np.float32)
+    root = written(tmp_path / "raw" / "a.npy", values)
+    with pytest.raises(DataError, match="um apart at its median depth.*give folder.farthest, or coding linear"):
+        stored(root, tmp_path / "o", coding="inverse")
+
+
+
 def test_what_a_sensor_cannot_tell_apart_loses_nothing(tmp_path):
     """Half a centimetre in whole millimetres is six values, and stays six under the same wall."""
     values = np.where(far_away(30) < 1, np.round(far_away(30), 3), far_away(30))
