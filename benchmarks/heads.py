@@ -34,10 +34,16 @@ GIB = 2.0**30
 
 
 def encoder(modality: str, channels: int):
-    """The pixels of each patch, projected."""
+    """The pixels of each patch, projected, and noise: the views are one picture, and a bank of equal rows is no bank."""
     found = load_frozen("raw-patches?patch=14", modality=modality)
-    matrix = torch.randn(found.dim, channels, generator=torch.Generator().manual_seed(0)) / found.dim**0.5
-    return replace(found, dim=channels, to_features=lambda inputs: found.to_features(inputs) @ matrix)
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(found.dim, channels, generator=generator) / found.dim**0.5
+
+    def to_features(inputs: torch.Tensor) -> torch.Tensor:
+        features = found.to_features(inputs) @ matrix
+        return features + 0.1 * torch.randn(features.shape, generator=generator)
+
+    return replace(found, dim=channels, to_features=to_features)
 
 
 def peak() -> float:

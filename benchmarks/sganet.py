@@ -1,14 +1,15 @@
 """SGANet: what its steps add on a synthetic benchmark, and what a step of its training takes.
 
     python benchmarks/sganet.py rows SIM3D --out FILE [--rows NAME ...] [--categories NAME ...] [--encoder lite0]
-        [--cache FOLDER]
+        [--depth tiny@392] [--cache FOLDER]
     python benchmarks/sganet.py table FILE
     python benchmarks/sganet.py step [--views 36] [--side 64] [--channels 768] [--shown 1.0]
 
 ``rows`` fits and scores every row on every object of a tree of ``dino-depth synth sim3d``, in one process that encodes
-an object once, and appends a line for each to FILE; a run that was stopped continues. ``table`` prints them: a row is
-the mean over objects, with its paired difference from the untrained row and a bootstrap interval over objects (90 %, so
-that its lower end is a one-sided 95 % bound). ``step`` takes one step of the training and prints its seconds and memory
+an object once, and appends a line for each to FILE; a run that was stopped continues. ``--depth`` names another encoder
+of depth, ``@`` the side of its input. ``table`` prints them: a row is the mean over objects, with its paired difference
+from the untrained row and a bootstrap interval over objects (90 %, so that its lower end is a one-sided 95 % bound).
+``step`` takes one step of the training and prints its seconds and memory
 beside the counted arithmetic.
 """
 
@@ -69,8 +70,11 @@ ROWS = {
 
 
 def measure(options: argparse.Namespace):
-    encoders = [load_frozen(options.encoder, modality=name, device=CPU) for name in ("image", "depth")]
-    store = FeatureStore(*encoders, options.size, options.cache or None, object_pixels=ForegroundConfig())
+    spec, _, side = options.depth.partition("@")
+    named = {"image": options.encoder, "depth": spec or options.encoder}
+    encoders = [load_frozen(named[name], modality=name, device=CPU) for name in named]
+    sizes = options.size, int(side or options.size)
+    store = FeatureStore(*encoders, sizes, options.cache or None, object_pixels=ForegroundConfig())
     benchmark = open_benchmark(options.root, Sim3dOptions())
     out = Path(options.out)
     done = {(line["object"], line["row"]) for line in read(out)}
@@ -195,6 +199,7 @@ def main():
     rows.add_argument("--rows", nargs="+", choices=list(ROWS))
     rows.add_argument("--categories", nargs="+")
     rows.add_argument("--encoder", default="lite0")
+    rows.add_argument("--depth", default="", help="encoder of depth, as tiny@392; without it that of the image")
     rows.add_argument("--cache", default="", help="folder of encoded views")
     rows.add_argument("--size", type=int, default=224)
     commands.add_parser("table").add_argument("file")
