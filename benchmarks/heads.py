@@ -34,7 +34,7 @@ GIB = 2.0**30
 
 
 def encoder(modality: str, channels: int):
-    """The pixels of each patch, projected, and noise: the views are one picture, and a bank of equal rows is no bank."""
+    """The pixels of each patch, projected, and noise: all views are one picture, and equal rows are no bank."""
     found = load_frozen("raw-patches?patch=14", modality=modality)
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(found.dim, channels, generator=generator) / found.dim**0.5
