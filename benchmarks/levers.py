@@ -27,15 +27,17 @@ from dino_depth.frozen import load_frozen
 TINY = Path(__file__).parents[1] / "dino_depth/shipped/tiny"
 # The network and the recipe of the encoder that ships, on one size of crops.
 COMMON = ["--config", "pretrain_tiny", "--loss.dense_weight", "0", "--crops.global_size", "98", "--crops.local_size",
-          "42", "--crops.sizes", "[]", "--train.batch", "16", "--optim.lr", "0.008"]  # fmt: skip
+          "42", "--crops.sizes", "[]", "--crops.local_crops", "2", "--train.batch", "16", "--optim.lr", "0.008",
+          "--train.precision", "fp32"]  # fmt: skip
 DISTILL = ["--distill.teacher", "lite0", "--distill.size", "160"]
 ALONE = [f"--loss.{name}_weight=0" for name in ("dino", "ibot", "koleo")]
 ARMS = {
     "plain": [],
     "dense": ["--loss.dense_weight", "1.0"],
-    "distill": DISTILL,
-    "distill_alone": [*DISTILL, *ALONE],
+    "distill": [*DISTILL, *ALONE],
+    "distill_beside": DISTILL,
     "init_from": ["--init_from", str(TINY)],
+    **{name: ["--data.normalization.method", name] for name in ("minmax", "log", "max")},
 }
 WARM_UP = 0.075  # of the steps, as in pretrain_tiny
 SHORT, LONG = 10, 40  # steps of the two runs that tell what a step costs

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from multiview_scene import CENTRE, RADII, ellipsoid_depth, off_ellipsoid, ring
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from dino_depth.anomaly.dataset import Sample, View
@@ -13,7 +14,7 @@ from dino_depth.anomaly.features import FeatureStore
 from dino_depth.anomaly.foreground import ForegroundConfig
 from dino_depth.anomaly.geometry import SquareFit, back_project, lift, project
 from dino_depth.anomaly.heads import Context, residual, template
-from dino_depth.anomaly.heads.residual.reference import Reference, plane_distance, sampled
+from dino_depth.anomaly.heads.residual.reference import Reference, plane_distance, sampled, without_low_frequencies
 from dino_depth.anomaly.model import PrepareConfig, fit_model
 from dino_depth.anomaly.registration import (
     Cloud,
@@ -205,3 +206,12 @@ def test_the_cloud_lies_on_the_surface_with_normals_towards_the_cameras():
     outward = (found.points - CENTRE) / RADII**2
     outward /= np.linalg.norm(outward, axis=1, keepdims=True)
     assert np.quantile((outward * found.normals).sum(1), 0.02) > 0.97
+
+
+@pytest.mark.parametrize("shape", [(21, 34), (60, 45)])
+def test_low_frequencies_are_those_of_a_gaussian_filter_within_the_mask(shape):
+    random = np.random.default_rng(0)
+    values, mask, deviation = random.normal(size=shape), random.random(shape) < 0.7, 0.1 * max(shape)
+    low, weight = (ndimage.gaussian_filter(part, deviation) for part in (values * mask, mask.astype(np.float64)))
+    expected = np.where(mask, values - low / weight, 0)
+    assert np.abs(without_low_frequencies(values, mask, deviation) - expected).max() < 1e-5

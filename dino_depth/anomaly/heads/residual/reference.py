@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -202,6 +202,12 @@ def sampled(maps: Tensor, places: np.ndarray) -> Tensor:
 
 def without_low_frequencies(values: np.ndarray, mask: np.ndarray, deviation: float) -> np.ndarray:
     """(height, width) less its Gaussian average within a mask; 0 off it."""
-    weight = ndimage.gaussian_filter(mask.astype(np.float32), deviation)
-    low = ndimage.gaussian_filter(np.where(mask, values, 0).astype(np.float32), deviation)
+    down, across = (_gaussian(side, deviation) for side in mask.shape)
+    weight, low = (down @ part.astype(np.float32) @ across.T for part in (mask, np.where(mask, values, 0)))
     return np.where(mask, values - low / np.maximum(weight, 1e-6), 0)
+
+
+@lru_cache(maxsize=8)
+def _gaussian(side: int, deviation: float) -> np.ndarray:
+    """(side, side) float32: ``gaussian_filter1d`` as a product, ten times as fast where the Gaussian is wide."""
+    return ndimage.gaussian_filter1d(np.eye(side), deviation, axis=0).astype(np.float32)
