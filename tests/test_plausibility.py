@@ -522,7 +522,6 @@ def test_where_codes_of_inverse_depth_are_too_coarse_linear_ones_are_advised(tmp
         stored(root, tmp_path / "o", coding="inverse")
 
 
-
 def test_what_a_sensor_cannot_tell_apart_loses_nothing(tmp_path):
     """Half a centimetre in whole millimetres is six values, and stays six under the same wall."""
     values = np.where(far_away(30) < 1, np.round(far_away(30), 3), far_away(30))
