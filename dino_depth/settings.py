@@ -23,7 +23,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                raise RepeatedKey(f"{key.value!r} is given twice, in lines {lines[key.value]} and {line}")
+                where = f"line {line}" if lines[key.value] == line else f"lines {lines[key.value]} and {line}"
+                raise RepeatedKey(f"{key.value!r} is given twice, in {where}")
             lines[str(key.value)] = line
         return node
 
