@@ -34,6 +34,7 @@ from dino_depth.anomaly.metrics import auroc, bootstrap, pooled_aupro, voxel_reg
 from dino_depth.anomaly.model import PrepareConfig, fit_model
 from dino_depth.anomaly.views import Views
 from dino_depth.anomaly.volume import VoxelConfig, accumulate, truth_voxels
+from dino_depth.device import return_memory
 from dino_depth.frozen import load_frozen
 
 CPU = torch.device("cpu")
@@ -167,13 +168,15 @@ def step(options: argparse.Namespace):
     contrast = partial(method.contrast, temperature=config.temperature)
     terms = {"semantic": contrast, "structural": contrast, "geometric": method.geometric_loss}
     before = time.perf_counter()
-    refined = [prepared.refined(modules, view) for view in range(options.views)]
-    total = sum(method.losses(refined, following, matched, terms).values())
-    total.backward()
+    with return_memory():
+        refined = [prepared.refined(modules, view) for view in range(options.views)]
+        total = sum(method.losses(refined, following, matched, terms).values())
+        total.backward()
     seconds = time.perf_counter() - before
     counted = arithmetic(every, options.channels)
     print(f"step {seconds:.1f} s, {peak():.2f} GiB at most, features {2 * image.nbytes / 2**30:.2f} GiB")
-    print(f"counted {counted / 1e12:.3f} TFLOP, {counted / seconds / 1e9:.0f} GFLOP/s, loss {float(total):.4f}")
+    loss = float(total.detach())
+    print(f"counted {counted / 1e12:.3f} TFLOP, {counted / seconds / 1e9:.0f} GFLOP/s, loss {loss:.4f}")
 
 
 def arithmetic(cells: list[int], channels: int) -> float:

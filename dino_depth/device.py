@@ -10,7 +10,7 @@ import torch
 from dino_depth.errors import ConfigError
 from dino_depth.onednn import multiply_with_onednn, wants_onednn
 
-__all__ = ["autocast", "gpu_figures", "has_bfloat16_units", "pick_device", "reuse_memory"]
+__all__ = ["autocast", "gpu_figures", "has_bfloat16_units", "pick_device", "return_memory", "reuse_memory"]
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
@@ -65,8 +65,23 @@ def gpu_figures(device: torch.device) -> dict[str, float]:
 def reuse_memory():
     """Keeps freed memory in the process: a step frees and asks again for hundreds of megabytes of temporaries, and
     giving them back to the kernel costs a tenth of a CPU step in page faults."""
+    _tell_malloc((-4, 0), (-1, 2**31 - 1), (-2, 2**28))  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+@contextlib.contextmanager
+def return_memory():
+    """Gives freed tensors of 8 MiB and more back to the kernel: where temporaries and what stays are of one size, holes
+    that fit neither grow the heap to several times what lives in it."""
+    _tell_malloc((-3, 2**23))  # M_MMAP_THRESHOLD
+    try:
+        yield
+    finally:
+        _tell_malloc((-3, 2**25))  # what it comes to by itself
+
+
+def _tell_malloc(*settings: tuple[int, int]):
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL(None).mallopt
-            for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            for parameter, value in settings:
                 mallopt(parameter, value)

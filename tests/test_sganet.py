@@ -3,6 +3,9 @@
 import importlib
 import json
 import math
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -590,6 +593,34 @@ def test_a_step_holds_few_copies_of_the_features_and_few_matrices_of_all_cells(m
     features, matrix = 6 * 256 * 64 * 4, 256 * 256 * 4
     assert many - few < 6 * features  # six more views; keeping keys, values or what is gathered would be far more
     assert few < 6 * features + 4 * matrix + 4 * 2**17
+
+
+HEAP = """
+import resource, torch
+from dino_depth.device import return_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+def left(mebibytes):
+    large = torch.ones(mebibytes * 2**18)
+    lasting = torch.ones(2**10)  # above it in the heap
+    before = resident()
+    del large
+    return 1 - (before - resident()) / (mebibytes * 2**20)
+
+torch.ones(24 * 2**18)  # of which glibc learns to keep blocks of this size in the heap
+kept = left(16)
+with return_memory():
+    print(kept, left(20))  # no hole is as large
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_tensors_go_back_to_the_kernel_while_a_step_is_taken():
+    found = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True).stdout
+    kept, left = map(float, found.split())
+    assert kept > 0.9 and left < 0.1
 
 
 def test_the_losses_are_means_over_views_and_pairs():

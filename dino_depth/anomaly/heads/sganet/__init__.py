@@ -39,6 +39,7 @@ from dino_depth.anomaly.heads.sganet.method import (
 )
 from dino_depth.anomaly.resume import Keeper
 from dino_depth.anomaly.views import Views
+from dino_depth.device import return_memory
 from dino_depth.errors import ConfigError, DataError, ReportedError
 
 __all__ = [
@@ -472,6 +473,7 @@ def _check_dims(config: Config, dims: tuple[int, int]):
         )
 
 
+@return_memory()
 def _train(
     given: list[tuple[Prepared, Views, Tensor]], modules: nn.ModuleDict, config: Config, context: Context
 ) -> dict[str, Tensor]:
@@ -501,6 +503,7 @@ def _train(
         total = sum(weights[name] * loss for name, loss in found.items())  # equation 17
         optimizer.zero_grad()
         total.backward()
+        del refined  # before the next step makes its own
         optimizer.step()
         for name, curve in curves.items():
             curve.append(found[name].detach().cpu() if name in found else torch.zeros(()))
