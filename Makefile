@@ -21,7 +21,7 @@ test: $(VENV)/.test
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-LOWER_TESTS = cli extras depth readers vit export tiny realdata plausibility metrics lock shard_format storage frozen heads
+LOWER_TESTS = cli config terminal extras depth readers vit export tiny realdata plausibility metrics lock shard_format storage frozen heads
 lower: VENV := $(VENV)-lower
 lower:
 	$(PYTHON) -m venv $(VENV)
