@@ -1,6 +1,7 @@
 """One writer: who holds a lock, who is refused, and what a killed or forked process leaves."""
 
 import fcntl
+import logging
 import os
 import signal
 import subprocess
@@ -124,6 +125,8 @@ def test_a_run_folder_has_one_writer(tiny, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in Path(tiny.out, "checkpoints").iterdir()} == before
     run.close()
     pretrain(tiny)
+    log = logging.getLogger("dino_depth")  # whoever calls it from Python goes on with the logging that was set up
+    assert log.propagate and not log.handlers
 
 
 def test_a_requeued_job_waits_for_its_predecessor(tiny, monkeypatch):

@@ -40,7 +40,7 @@ class Keeper:
         except OSError:
             raise
         except Exception as error:  # torch raises whatever its zip reader and unpickler meet
-            log.warning("%s is damaged, the fit starts anew: %s", self.path, error)
+            log.warning("%s is damaged, the fit starts anew: %s", self.path, type(error).__name__)
             return None
 
     def keep(self, state: Callable[[], Mapping[str, Any]]):

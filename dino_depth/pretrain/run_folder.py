@@ -205,7 +205,7 @@ class RunFolder:
             self._events.close()
         for handler in self.log.handlers:
             handler.close()
-        self.log.handlers = []
+        self.log.handlers, self.log.propagate = [], True
         self._held.close()
 
 
