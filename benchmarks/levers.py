@@ -12,11 +12,11 @@ intervals over parts (of the means over seeds, resampled together), and in how m
 import argparse
 import json
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from timed_training import call
 
 from dino_depth.bench.columns import columns
 from dino_depth.bench.features import cell_features
@@ -49,10 +49,7 @@ def pretrain(shards: str, out: Path, arm: str, steps: int, seed: int) -> float:
     words = ["--data.shards", shards, "--out", str(out), "--train.steps", str(steps), "--train.seed", str(seed)]
     words += ["--optim.warmup", str(round(WARM_UP * steps)), "--train.checkpoint_every", str(steps)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "dino_depth.cli", "pretrain", *COMMON, *ARMS[arm], *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode not in (0, 4):  # a run that its health gate ends is a result too
-        raise SystemExit(f"{arm}: {done.stderr.strip()[-2000:]}")
+    call("pretrain", *COMMON, *ARMS[arm], *words)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -76,10 +73,7 @@ def train(options: argparse.Namespace):
                 continue
             steps = round(options.seconds / known[arm])
             seconds = pretrain(options.shards, run, arm, steps, seed)
-            subprocess.run(
-                [sys.executable, "-m", "dino_depth.cli", "export", str(run), "--out", str(run / "export")],
-                check=True, capture_output=True,
-            )  # fmt: skip
+            call("export", str(run), "--out", str(run / "export"))
             print(f"{arm}-{seed}: {steps} steps, {seconds:.0f} s of CPU time", flush=True)
 
 

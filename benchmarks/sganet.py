@@ -9,8 +9,7 @@
 an object once, and appends a line for each to FILE; a run that was stopped continues. ``--depth`` names another encoder
 of depth, ``@`` the side of its input. ``table`` prints them: a row is the mean over objects, with its paired difference
 from the untrained row and a bootstrap interval over objects (90 %, so that its lower end is a one-sided 95 % bound).
-``step`` takes one step of the training and prints its seconds and memory
-beside the counted arithmetic.
+``step`` takes one step of the training and prints its seconds and memory beside the counted arithmetic.
 """
 
 import argparse
