@@ -95,7 +95,7 @@ def judge(options: argparse.Namespace):
         for name in names:
             encoder = load_frozen(name, modality="depth")
             seen = {
-                kind: cell_features(encoder, views, iter(views), options.size)
+                kind: cell_features(encoder, views, (view.depth for view in views), options.size)
                 for kind, views in groups.items() if views
             }  # fmt: skip
             figures = {}
