@@ -152,6 +152,7 @@ TABLES = {
         "untrained": ("tiny, untrained", depth_row("random:tiny")),
         "lite0": ("EfficientNet-lite0 on depth as a grey picture", depth_row("lite0")),
         "raw": ("raw patches", depth_row("raw-patches?patch={patch}")),
+        "surface": ("means of normals and curvature", depth_row("surface?patch={patch}")),
         "fpfh": ("FPFH", depth_row("fpfh?patch={patch}")),
     }),
 }  # fmt: skip

@@ -3,8 +3,9 @@
     python benchmarks/levers.py train SHARDS --out FOLDER [--seconds 300] [--seeds 3] [--arms plain dense ...]
     python benchmarks/levers.py judge FOLDER [--data families]
 
-``train`` gives each run as many steps as the seconds of CPU time pay at the cost of its arm's steps, measured first;
-warm-ups keep their share. A folder that has an encoder is left as it is, so a run that was stopped continues.
+``train`` gives each run as many steps as the seconds of CPU time pay at the cost of its arm's steps, measured first
+(where only the input or the start differs, that of the plain recipe's); warm-ups keep their share. A folder that has an
+encoder is left as it is, so a run that was stopped continues.
 ``judge`` prints the columns of ``dino-depth bench``: means over seeds, differences from the plain recipe with 95 %
 intervals over parts (of the means over seeds, resampled together), and in how many seeds an arm is ahead.
 """
@@ -36,9 +37,12 @@ ARMS = {
     "dense": ["--loss.dense_weight", "1.0"],
     "distill": [*DISTILL, *ALONE],
     "distill_beside": DISTILL,
+    "surface": ["--distill.teacher", "surface", *ALONE],
+    "surface_beside": ["--distill.teacher", "surface"],
     "init_from": ["--init_from", str(TINY)],
     **{name: ["--data.normalization.method", name] for name in ("minmax", "log", "max")},
 }
+COSTLY = {"--loss.dense_weight", "--distill.teacher"}  # what changes the cost of a step
 WARM_UP = 0.075  # of the steps, as in pretrain_tiny
 SHORT, LONG = 10, 40  # steps of the two runs that tell what a step costs
 UNTRAINED = "untrained"
@@ -58,8 +62,10 @@ def train(options: argparse.Namespace):
     options.out.mkdir(parents=True, exist_ok=True)
     costs = options.out / "seconds_per_step.json"
     known = json.loads(costs.read_text()) if costs.is_file() else {}
-    for arm in options.arms:
-        if arm not in known:
+    for arm in ("plain", *options.arms):
+        if arm != "plain" and not COSTLY & {*ARMS[arm]}:
+            known[arm] = known["plain"]
+        elif arm not in known:
             runs = [
                 pretrain(options.shards, options.out / f"{arm}-rate{steps}", arm, steps, 0) for steps in (SHORT, LONG)
             ]

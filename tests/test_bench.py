@@ -323,7 +323,7 @@ def test_rows_are_the_given_their_twins_once_and_the_baselines(monkeypatch):
     with pytest.raises(ConfigError, match="given twice"):
         bench_rows.entries(["raw-patches", "raw-patches"], 0, device)
     twin = bench_rows.entries(["random:timm:vit_tiny_patch16_224"], 0, device)
-    assert [one.role for one in twin] == ["given", "pixels", "fpfh"]
+    assert [one.role for one in twin] == ["given", "pixels", "surface", "fpfh"]
 
     load = bench_rows.load_frozen
 
@@ -334,7 +334,7 @@ def test_rows_are_the_given_their_twins_once_and_the_baselines(monkeypatch):
 
     monkeypatch.setattr(bench_rows, "load_frozen", stand_in)
     found = bench_rows.entries(["runs/a/export", "runs/b/export"], 7, device)
-    assert [one.role for one in found] == ["given", "given", "untrained", "pixels", "fpfh"]
+    assert [one.role for one in found] == ["given", "given", "untrained", "pixels", "surface", "fpfh"]
     assert [one.label for one in found[:2]] == ["runs/a/export", "runs/b/export"]
     assert found[2].spec == "random:runs/a/export?seed=7"
     assert found[-1].encoder is None and "open3d" in found[-1].note

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from dino_depth.frozen import common_grid, load_frozen
 from dino_depth.frozen.defm import DefmTransformer, defm_channels, defm_input
 from dino_depth.frozen.fpfh import points
 from dino_depth.publish.model_folders import write_timm, write_transformers
+from dino_depth.surface import surface
 from dino_depth.vit import DepthTransformer
 
 SIDE = 56
@@ -392,6 +394,29 @@ def test_raw_patches_are_the_pixels_of_each_patch():
     assert load_frozen("raw-patches?patch=8", modality="depth").grid(SIDE) == 7
 
 
+def test_surface_has_the_means_of_each_quarter_of_a_patch():
+    depth = scene().depth.astype(np.float32) + 0.002 * np.random.default_rng(0).standard_normal((SIDE, SIDE))
+    depth[:9, :9] = 0
+    encoder = load_frozen("surface", modality="depth")
+    prepared = encoder.prepare(DepthMap.from_values(depth.astype(np.float32)), SIDE)
+    found = encoder.encode(prepared[None])[0]
+    normals, curvature, known = (part[0] for part in surface(prepared[None].double()))
+    assert found.shape == (4, 4, encoder.dim) and 0 < known.float().mean() < 1
+    for row, column, down, right in itertools.product(range(4), range(4), range(2), range(2)):
+        top, left = 14 * row + 7 * down, 14 * column + 7 * right
+        here = (slice(top, top + 7), slice(left, left + 7))
+        count = int(known[here].sum())
+        expected = [
+            *(float(normals[axis][here].sum()) / max(count, 1) for axis in range(3)),
+            10 * float(curvature[here].sum()) / max(count, 1),
+            10 * float(curvature[here].abs().sum()) / max(count, 1),
+            count / 49,
+        ]
+        torch.testing.assert_close(
+            found[row, column].view(6, 2, 2)[:, down, right], torch.tensor(expected), atol=2e-4, rtol=1e-4
+        )
+
+
 # FPFH
 
 
@@ -480,7 +505,14 @@ def test_random_export_keeps_architecture_and_normalisation(exported):
 def test_a_fingerprint_tells_weights_options_and_modality_apart(dinov2, exported, tmp_path):
     folder = dinov2[0]
     specs = [f"transformers:{folder}", f"transformers:{folder}?depth_as=log", f"transformers:{folder}?mean_std=half"]
-    specs += ["raw-patches", "raw-patches?patch=7", "raw-patches?depth_as=log", "random:defm:vit_s14"]
+    specs += [
+        "surface",
+        "surface?patch=16",
+        "raw-patches",
+        "raw-patches?patch=7",
+        "raw-patches?depth_as=log",
+        "random:defm:vit_s14",
+    ]
     specs += ["random:defm:vit_s14?holes=raw", "random:timm:test_vit", "random:timm:test_vit?depth_as=max"]
     found = [load_frozen(spec, modality="depth").fingerprint for spec in specs]
     specs.append(str(exported))
@@ -527,6 +559,9 @@ def test_grids_must_match_or_the_message_names_sizes_that_do(exported):
         ("raw-patches?depth_as=log", "image", "unknown option 'depth_as'"),
         ("raw-patches:14", "depth", "options only"),
         ("random:raw-patches", "depth", "options only"),
+        ("surface", "image", "not images"),
+        ("surface?patch=7", "depth", "patch must be a multiple of 2, got 7"),
+        ("random:surface", "depth", "options only"),
         ("fpfh", "image", "not images"),
         ("fpfh:33", "depth", "options only"),
         ("fpfh?radius=inf", "depth", "a number above 0"),

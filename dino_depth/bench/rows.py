@@ -9,7 +9,12 @@ from dino_depth.frozen import FrozenEncoder, load_frozen
 
 __all__ = ["Entry", "entries"]
 
-PIXELS, HISTOGRAMS = "raw-patches", "fpfh"
+# Without weights, beside every encoder: name -> label and role.
+UNLEARNED = {
+    "raw-patches": ("raw pixels", "pixels"),
+    "surface": ("normals, curvature", "surface"),
+    "fpfh": ("FPFH", "fpfh"),
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Entry:
     Attributes:
         spec: its name for :func:`dino_depth.frozen.load_frozen`.
         label: for tables.
-        role: "given", "untrained", "pixels" or "fpfh".
+        role: "given", "untrained", "pixels", "surface" or "fpfh".
         encoder: None where it is absent.
         note: why it is absent.
     """
@@ -32,7 +37,7 @@ class Entry:
 
 
 def entries(specs: list[str], seed: int, device: torch.device) -> list[Entry]:
-    """The given encoders, each followed by the same architecture untrained, then raw pixels and FPFH.
+    """The given encoders, each followed by the same architecture untrained, then those without weights.
 
     Raises:
         ConfigError: there is none, one is given twice, or one does not encode depth.
@@ -52,7 +57,7 @@ def entries(specs: list[str], seed: int, device: torch.device) -> list[Entry]:
         if twin is not None and (twin.encoder is None or twin.encoder.fingerprint not in twins):
             twins.add(twin.encoder.fingerprint if twin.encoder else "")
             found.append(twin)
-    for spec, label, role in ((PIXELS, "raw pixels", "pixels"), (HISTOGRAMS, "FPFH", "fpfh")):
+    for spec, (label, role) in UNLEARNED.items():
         if spec in specs:
             continue
         try:
@@ -70,7 +75,7 @@ def _labels(specs: list[str]) -> list[str]:
 
 def _untrained(spec: str, label: str, seed: int, device: torch.device) -> Entry | None:
     name, _, options = spec.partition("?")
-    if name.startswith("random:") or name in (PIXELS, HISTOGRAMS):
+    if name.startswith("random:") or name in UNLEARNED:
         return None
     options = [part for part in options.split("&") if part]
     label = f"{label} untrained"

