@@ -37,12 +37,12 @@ ARMS = {
     "dense": ["--loss.dense_weight", "1.0"],
     "distill": [*DISTILL, *ALONE],
     "distill_beside": DISTILL,
-    "surface": ["--distill.teacher", "surface", *ALONE],
-    "surface_beside": ["--distill.teacher", "surface"],
+    "surface": ["--loss.surface_weight", "1.0", *ALONE],
+    "surface_beside": ["--loss.surface_weight", "1.0"],
     "init_from": ["--init_from", str(TINY)],
     **{name: ["--data.normalization.method", name] for name in ("minmax", "log", "max")},
 }
-COSTLY = {"--loss.dense_weight", "--distill.teacher"}  # what changes the cost of a step
+COSTLY = {"--loss.dense_weight", "--loss.surface_weight", "--distill.teacher"}  # what changes the cost of a step
 WARM_UP = 0.075  # of the steps, as in pretrain_tiny
 SHORT, LONG = 10, 40  # steps of the two runs that tell what a step costs
 UNTRAINED = "untrained"

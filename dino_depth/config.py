@@ -133,7 +133,7 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """DINO on the class token, iBOT on masked patches, KoLeo on the class token, and on request a dense loss.
+    """DINO on the class token, iBOT on masked patches, KoLeo on the class token, and on request two losses of patches.
 
     Attributes:
         prototypes: outputs of each of the two heads.
@@ -144,6 +144,8 @@ class LossConfig:
         koleo_weight: weight of the KoLeo regulariser.
         dense_weight: weight of the loss between patches of the two global crops that see the same place; 0 leaves it
             out, as the published recipe does. It shares the head of iBOT.
+        surface_weight: weight of the loss by which every patch, hidden or not, tells the slopes and the curvature of
+            its own input; 0 leaves it out likewise. Made for inputs that grow towards the camera, as ``plane`` does.
         student_temperature: of the student's softmax.
         teacher_temperature: of the teacher's, after its warm-up.
         teacher_temperature_start: of the teacher's, at step 0.
@@ -160,6 +162,7 @@ class LossConfig:
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
     dense_weight: float = 0.0
+    surface_weight: float = 0.0
     student_temperature: float = 0.1
     teacher_temperature: float = 0.07
     teacher_temperature_start: float = 0.04
@@ -171,7 +174,7 @@ class LossConfig:
 
 @dataclass
 class DistillConfig:
-    """A second teacher, frozen; alone, if the four weights of the losses above are 0.
+    """A second teacher, frozen; alone, if the weights of the losses above are 0.
 
     Attributes:
         teacher: name of a frozen encoder that sees depth, see docs/encoders.md; empty: none, the published recipe.

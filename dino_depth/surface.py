@@ -5,12 +5,13 @@ normalisations answer the same question. One that removes the supporting plane c
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["patch_geometry", "seen_geometry", "surface"]
+__all__ = ["PARTS", "part_means", "patch_geometry", "relief_surface", "seen_geometry", "surface"]
 
 # Nominal focal length in image sides (28 degrees), as maps carry no intrinsics: between a Kinect's 0.8 and the 5 or so
 # of industrial sensors close to a part.
@@ -18,6 +19,8 @@ FOCAL = 2.0
 WINDOW = 2  # radius of the window of a surface fit, pixels
 SHARPEST = 1 / (2 * WINDOW + 1)  # largest curvature such a window resolves, 1/pixel
 KNOWN_SHARE = 0.5  # share of a patch's pixels whose surface must be known for the patch to count
+PARTS = 2  # along a side of a patch, in ``part_means``
+SCALE = 10.0  # pixels: there a curvature of a radius of 10 pixels counts as much as a normal
 JUMP = 0.1  # of the depth: a larger change within a window is an edge, not a slope
 
 
@@ -43,22 +46,41 @@ def surface(depth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     flat = depth.masked_fill(missing, math.nan).flatten(1)
     median = flat.nanmedian(1).values.nan_to_num(1.0)[:, None, None, None]
     relief = ((depth - median) * (FOCAL * side / median)).masked_fill(missing, 0)
-    blocked = F.pad(missing.to(depth.dtype), [WINDOW] * 4, value=1.0)
+    return relief_surface(relief, missing)
+
+
+def relief_surface(relief: Tensor, missing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`surface`, of z in pixels (maps, 1, height, width), 0 where ``missing``."""
+    blocked = F.pad(missing.to(relief.dtype), [WINDOW] * 4, value=1.0)
     known = F.max_pool2d(blocked, 2 * WINDOW + 1, 1)[:, 0] == 0
-    p, q, r, s, t = F.conv2d(relief, _derivative_kernels(depth), padding=WINDOW).unbind(1)
+    p, q, r, s, t = F.conv2d(relief, _derivative_kernels(relief.dtype, relief.device), padding=WINDOW).unbind(1)
     length = (1 + p * p + q * q).sqrt()
     normals = torch.stack([p, q, torch.ones_like(p)], 1) / length[:, None]
     curvature = ((1 + q * q) * r - 2 * p * q * s + (1 + p * p) * t) / (2 * length**3)
     return normals * known[:, None], curvature.clamp(-SHARPEST, SHARPEST) * known, known
 
 
-def _derivative_kernels(like: Tensor) -> Tensor:
+def part_means(normals: Tensor, curvature: Tensor, known: Tensor, patch_size: int) -> Tensor:
+    """What :func:`surface` found, of the ``PARTS`` x ``PARTS`` parts of each patch, (maps, rows, columns, 24).
+
+    Number by number, and of each number part by part (rows first): the mean normal, the mean curvature and the mean of
+    its absolute value, both times ``SCALE``, over the pixels where they are known, and the share of those.
+    """
+    curvature = SCALE * curvature[:, None]
+    share = F.avg_pool2d(known[:, None].to(curvature.dtype), patch_size // PARTS)
+    sums = F.avg_pool2d(torch.cat([normals, curvature, curvature.abs()], 1), patch_size // PARTS)
+    return F.pixel_unshuffle(torch.cat([sums / share.clamp_min(1e-6), share], 1), PARTS).permute(0, 2, 3, 1)
+
+
+@lru_cache
+def _derivative_kernels(dtype: torch.dtype, device: torch.device) -> Tensor:
     """(5, 1, window, window) filters for z_u, z_v, z_uu, z_uv, z_vv of the least-squares quadratic at the centre."""
-    offsets = torch.arange(-WINDOW, WINDOW + 1, dtype=torch.float64)
-    v, u = (part.flatten() for part in torch.meshgrid(offsets, offsets, indexing="ij"))
-    design = torch.stack([torch.ones_like(u), u, v, u * u / 2, u * v, v * v / 2], 1)  # (pixels, 6)
-    kernels = torch.linalg.pinv(design)[1:].reshape(5, 1, len(offsets), len(offsets))
-    return kernels.to(like)
+    with torch.inference_mode(False):
+        offsets = torch.arange(-WINDOW, WINDOW + 1, dtype=torch.float64, device="cpu")
+        v, u = (part.flatten() for part in torch.meshgrid(offsets, offsets, indexing="ij"))
+        design = torch.stack([torch.ones_like(u), u, v, u * u / 2, u * v, v * v / 2], 1)  # (pixels, 6)
+        kernels = torch.linalg.pinv(design)[1:].reshape(5, 1, len(offsets), len(offsets))
+        return kernels.to(device, dtype)
 
 
 def patch_geometry(depth: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
@@ -99,7 +121,7 @@ def seen_geometry(cloud: Tensor, focal: float, patch_size: int) -> tuple[Tensor,
     depth = cloud[:, 2:]
     spread = F.max_pool2d(depth, **window) + F.max_pool2d(-depth, **window)
     known = (whole & (spread <= JUMP * depth))[:, 0]
-    parts = F.conv2d(cloud.flatten(0, 1)[:, None], _derivative_kernels(cloud), padding=WINDOW)
+    parts = F.conv2d(cloud.flatten(0, 1)[:, None], _derivative_kernels(cloud.dtype, cloud.device), padding=WINDOW)
     u, v, uu, uv, vv = parts.view(maps, 3, 5, height, width).unbind(2)  # (maps, 3, height, width) each
     normal = torch.cross(v, u, dim=1)  # of a plane before the camera: towards it
     length = normal.norm(dim=1, keepdim=True)

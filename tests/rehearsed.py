@@ -28,6 +28,7 @@ VARIANTS = {
     "float32": "--train.precision fp32".split(),
     "ViT-L": "--model.dim 1024 --model.heads 16".split(),
     "dense": "--loss.dense_weight 1".split(),
+    "surface": "--loss.surface_weight 1".split(),
 }
 # Of a step: operations, bytes they read and write, bytes kept for gradients. May fall, and rise only for a reason.
 MOST = {

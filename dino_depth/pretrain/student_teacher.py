@@ -8,17 +8,18 @@ from torch import Tensor, nn
 
 from dino_depth.compiled import compiled, vary
 from dino_depth.config import LossConfig, PretrainConfig
-from dino_depth.pretrain.batch import Batch
+from dino_depth.pretrain.batch import Batch, seen_patches
 from dino_depth.pretrain.distill import Projector, SecondTeacher, cosine_distance
 from dino_depth.pretrain.heads import PrototypeHead
 from dino_depth.pretrain.losses import koleo, matmul_dtype, prototype_cross_entropy, sinkhorn
+from dino_depth.pretrain.surface_loss import NUMBERS, surface_loss, surface_targets
 from dino_depth.vit import DepthTransformer
 
 __all__ = ["Networks", "Student", "Targets", "learns_alone", "student_losses", "teacher_targets", "update_teacher"]
 
 
 def learns_alone(loss: LossConfig) -> bool:
-    """Whether a loss of self-supervision has a weight; a second teacher is the only one where none has."""
+    """Whether a loss that needs the teacher has a weight, and with it the two heads."""
     return any((loss.dino_weight, loss.ibot_weight, loss.koleo_weight, loss.dense_weight))
 
 
@@ -37,6 +38,8 @@ class Networks(nn.Module):
             self.ibot_head = PrototypeHead(config.model.dim, config.loss)
         if second_dim:
             self.projector = Projector(config.model.dim, second_dim)
+        if config.loss.surface_weight:
+            self.surface_head = nn.Linear(config.model.dim, NUMBERS)
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Targets:
     """What the teacher assigns.
 
     Attributes:
-        classes: (2 * maps, K) per global crop; None, as all but the last two, where a second teacher is the only one.
+        classes: (2 * maps, K) per global crop; None, as all but the last two, where no loss needs the teacher.
         patches: (hidden, K) per hidden patch.
         paired: (pairs, K) per pair, of the patch that the student's faces; None where the dense loss is off.
         class_features: (2 * maps, dim), the teacher's, for the health figures.
@@ -110,9 +113,11 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
     - koleo: sum over the two sets of global crops, on class tokens before the head.
     - dense, where it has a weight: mean over the global crops of the mean over their patches that the map's other
       global crop sees too; a patch, hidden or not, faces the teacher's assignment of the patch there.
+    - surface, where it has a weight: see ``surface_loss.py``.
     - second_class, second_patch, with a second teacher: mean over the global crops of the cosine distance of the class
-      token, and of its mean over the patches that hold a valid pixel, hidden or not, see ``distill.py``. Where it is
-      the only teacher, the local crops are not computed.
+      token, and of its mean over the patches that hold a valid pixel, hidden or not, see ``distill.py``.
+
+    Where none of the first four has a weight, the local crops are not computed.
     """
     loss, distill = config.loss, config.distill
     maps, sets = len(batch.global_crops) // 2, slice(None)
@@ -128,6 +133,8 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
         crop, patch = batch.seen.nonzero(as_tuple=True)
         prefix = 1 + config.model.registers
         rows["seen"] = crop * (prefix + batch.seen.shape[1]) + prefix + patch
+    if loss.surface_weight:
+        rows["patches"] = _patch_rows(batch.masks, 1 + config.model.registers)
     crops, masks = [batch.global_crops, batch.local_crops][sets], [batch.masks, None][sets]
     kept, scale = batch.branches(), 1 / (1 - config.model.drop_path)
     kept = kept and [part[sets] for part in kept]
@@ -136,9 +143,21 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
     losses = {} if alone else _assigned_losses(student, tokens, batch, targets, loss)
     if batch.seen is not None:
         losses |= _second_losses(student.projector, tokens, batch, targets)
+    if loss.surface_weight:
+        size = config.model.patch_size
+        told, seen = student.surface_head(tokens["patches"]), seen_patches(batch.global_crops, size)
+        losses["surface"] = surface_loss(told, surface_targets(batch.global_crops, size), seen)
     weights = {"dino": loss.dino_weight, "ibot": loss.ibot_weight, "koleo": loss.koleo_weight}
-    weights |= {"dense": loss.dense_weight, "second_class": distill.class_weight, "second_patch": distill.patch_weight}
+    weights |= {"dense": loss.dense_weight, "surface": loss.surface_weight}
+    weights |= {"second_class": distill.class_weight, "second_patch": distill.patch_weight}
     return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
+
+
+def _patch_rows(masks: Tensor, prefix: int) -> Tensor:
+    """(crops * patches,) rows of all patches among the tokens of the global crops, of their masks (crops, patches)."""
+    crops, patches = masks.shape
+    first = torch.arange(crops, device=masks.device)[:, None] * (prefix + patches) + prefix
+    return (first + torch.arange(patches, device=masks.device)).flatten()
 
 
 def _assigned_losses(

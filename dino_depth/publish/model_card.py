@@ -328,6 +328,7 @@ def _losses(config: PretrainConfig) -> str:
     weights = {
         "DINO on the class token": loss.dino_weight, "iBOT on masked patches": loss.ibot_weight,
         "KoLeo": loss.koleo_weight, "a dense loss between crops": loss.dense_weight,
+        "the surface of every patch": loss.surface_weight,
     }  # fmt: skip
     named = [f"{name} ({weight:g})" for name, weight in weights.items() if weight]
     if distill.teacher:
