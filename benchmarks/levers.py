@@ -26,10 +26,11 @@ from dino_depth.bench.sources import Options, open_source
 from dino_depth.frozen import load_frozen
 
 TINY = Path(__file__).parents[1] / "dino_depth/shipped/tiny"
-# The network and the recipe of the encoder that ships, on one size of crops.
-COMMON = ["--config", "pretrain_tiny", "--loss.dense_weight", "0", "--crops.global_size", "98", "--crops.local_size",
-          "42", "--crops.sizes", "[]", "--crops.local_crops", "2", "--train.batch", "16", "--optim.lr", "0.008",
-          "--train.precision", "fp32"]  # fmt: skip
+# The network of the encoder that ships, and the plain recipe at its size.
+COMMON = """--config pretrain_tiny --crops.global_scale [0.3,1.0] --crops.local_scale [0.08,0.3] --crops.local_crops 2
+    --loss.dino_weight 1 --loss.ibot_weight 1 --loss.koleo_weight 0.02 --loss.surface_weight 0 --loss.prototypes 512
+    --loss.hidden 512 --loss.bottleneck 128 --loss.teacher_temperature 0.02 --loss.teacher_temperature_start 0.02
+    --loss.teacher_temperature_warmup 0 --optim.freeze_last_layer 0""".split()
 DISTILL = ["--distill.teacher", "lite0", "--distill.size", "160"]
 ALONE = [f"--loss.{name}_weight=0" for name in ("dino", "ibot", "koleo")]
 ARMS = {
@@ -38,7 +39,7 @@ ARMS = {
     "distill": [*DISTILL, *ALONE],
     "distill_beside": DISTILL,
     "surface": ["--loss.surface_weight", "1.0", *ALONE],
-    "surface_beside": ["--loss.surface_weight", "1.0"],
+    "surface_beside": ["--loss.surface_weight", "10.0"],
     "init_from": ["--init_from", str(TINY)],
     **{name: ["--data.normalization.method", name] for name in ("minmax", "log", "max")},
 }
@@ -79,7 +80,7 @@ def train(options: argparse.Namespace):
                 continue
             steps = round(options.seconds / known[arm])
             seconds = pretrain(options.shards, run, arm, steps, seed)
-            call("export", str(run), "--out", str(run / "export"))
+            call("export", str(run), "--out", str(run / "export"), "--image_size", "224")
             print(f"{arm}-{seed}: {steps} steps, {seconds:.0f} s of CPU time", flush=True)
 
 
