@@ -29,7 +29,7 @@ from dino_depth.errors import ConfigError, DataError, GateError, ReportedError
 from dino_depth.publish import export as export_module
 from dino_depth.publish import model_folders
 from dino_depth.publish.export import ExportConfig, export
-from dino_depth.publish.model_card import Subject, _training, training_data
+from dino_depth.publish.model_card import Subject, _title, _training, training_data
 from dino_depth.publish.parity import compare, worst
 from dino_depth.shards import DepthShards
 from dino_depth.vit import DepthTransformer, resize_position_embedding
@@ -476,6 +476,22 @@ def test_a_card_names_the_second_teacher(run):
         name = run.name if teacher == str(run) else teacher
         assert f"frozen encoder `{name}` on the same depth" in text and terms in text
         assert "KoLeo" not in text and "a dense loss between crops (0.5)" in text and str(run.parent) not in text
+
+
+def test_a_card_says_where_no_loss_read_the_class_token(run):
+    config = load_config(PretrainConfig, run / "config.yaml")
+    subject = Subject(config, 7, 56, "apache-2.0", None, {}, {"criterion": "last"})
+    assert "DINOv2 recipe" in _title(subject) and "class token" not in _title(subject)
+    local = f"{config.crops.global_size} and {config.crops.local_crops} of {config.crops.local_size} pixels"
+    assert local in " ".join(_training(subject).split())
+    config.loss.dino_weight, config.loss.ibot_weight, config.loss.koleo_weight = 0.0, 0.0, 0.0
+    config.loss.surface_weight = 1.0
+    assert "**No loss read the class token**" in _title(subject) and "DINOv2" not in _title(subject)
+    text = " ".join(_training(subject).split())
+    assert text.startswith("## Training the surface of every patch (1); 7 steps")
+    assert f"per map 2 crops of {config.crops.global_size} pixels" in text and " and 2 of" not in text
+    config.distill.teacher = "lite0"
+    assert "No loss read" not in _title(subject)
 
 
 def test_cards_and_papers(exported, place, run):

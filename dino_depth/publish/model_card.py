@@ -18,6 +18,7 @@ from dino_depth.depth import Normalization
 from dino_depth.errors import ReportedError
 from dino_depth.licences import non_commercial
 from dino_depth.pretrain.run_folder import git_revision, library_versions
+from dino_depth.pretrain.student_teacher import learns_alone
 from dino_depth.publish.parity import worst
 from dino_depth.shards import DepthShards
 
@@ -206,9 +207,23 @@ def _title(subject: Subject) -> str:
     return f"""# DINO-Depth, ViT/{model.patch_size}, {model.dim} dimensions
 
 A depth encoder: a Vision Transformer with **one input channel** ({model.depth} blocks, {model.heads} heads, patches of
-{model.patch_size} pixels, {model.positions} positions{registers}), pretrained on depth maps without labels by the
-DINOv2 recipe. It returns one class feature and one feature per patch. The weights are the EMA teacher after
-{subject.step} steps{_chosen(subject)}."""
+{model.patch_size} pixels, {model.positions} positions{registers}), pretrained on depth maps without
+labels{_recipe(subject)}. It returns one class feature and one feature per patch. The weights are the EMA teacher after
+{subject.step} steps{_chosen(subject)}.{_class_feature(subject)}"""
+
+
+def _recipe(subject: Subject) -> str:
+    return " by the DINOv2 recipe" if subject.config.loss.dino_weight else ", see Training"
+
+
+def _class_feature(subject: Subject) -> str:
+    """A warning where no loss read the class token."""
+    loss, distill = subject.config.loss, subject.config.distill
+    if any((loss.dino_weight, loss.koleo_weight, distill.teacher and distill.class_weight)):
+        return ""
+    return """
+
+**No loss read the class token**: use the mean of the patch features for a whole map."""
 
 
 def _chosen(subject: Subject) -> str:
@@ -300,10 +315,14 @@ def _training(subject: Subject) -> str:
     config = subject.config
     crops = config.crops
     sizes = "".join(f", in other steps {large} and {small}" for large, small in crops.sizes)
+    if learns_alone(config.loss):
+        local = f"and {crops.local_crops} of {crops.local_size} pixels{sizes}"
+    else:
+        local = "pixels" + "".join(f", in other steps {large}" for large, _ in crops.sizes)
     recipe = f"""## Training
 
 {_losses(config)}; {subject.step} steps of {config.train.batch} maps; per map 2 crops of
-{crops.global_size} and {crops.local_crops} of {crops.local_size} pixels{sizes}, spatial augmentation only.
+{crops.global_size} {local}, spatial augmentation only.
 `training_config.yaml` has every setting, `provenance.json` the checksums of data and weights and the versions of code
 and libraries."""
     if subject.data is None:
