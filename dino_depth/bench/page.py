@@ -11,7 +11,6 @@ from dino_depth.picture import write_page
 __all__ = ["write_page_of"]
 
 PLOT = 300  # width of a plot, in its own units
-ROLES = ("given", "untrained", "pixels", "fpfh")
 
 
 def write_page_of(result: dict, path: Path):
