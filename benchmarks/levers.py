@@ -7,7 +7,8 @@
 (where only the input or the start differs, that of the plain recipe's); warm-ups keep their share. A folder that has an
 encoder is left as it is, so a run that was stopped continues.
 ``judge`` prints the columns of ``dino-depth bench``: means over seeds, differences from the plain recipe with 95 %
-intervals over parts (of the means over seeds, resampled together), and in how many seeds an arm is ahead.
+intervals over parts (of the means over seeds, resampled together), and in how many of the seeds that both have an arm
+is ahead.
 """
 
 import argparse
@@ -126,7 +127,9 @@ def judge(options: argparse.Namespace):
             other = torch.stack([run[key] for run in runs])
             found = estimate(other.mean(0) - plain.mean(0))
             sign = 1 if figure.better == "higher" else -1
-            ahead = "" if arm == UNTRAINED else f"{int((sign * (other - plain)[:, 0] > 0).sum())} of {len(runs)}"
+            pairs = [(run[key][0], beside[key][0]) for run, beside in zip(runs, drawn["plain"], strict=False)]
+            won = sum(bool(sign * (run - beside) > 0) for run, beside in pairs)
+            ahead = "" if arm == UNTRAINED else f"{won} of {len(pairs)}"
             print(f"{line} {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}] | {ahead} |")
 
 
