@@ -35,6 +35,7 @@ ENCODERS = {
     "random:lite0": ("image", 64),
     "random:defm:vit_s14": ("depth", 56),
     "raw-patches?patch=8": ("depth", 64),
+    "surface?patch=8": ("depth", 64),
     "random:point-mae?samples=2&groups=16&neighbours=8": ("depth", 56),
 }
 # Of a family of their own: a folder of transformers, below, and what open3d computes on the CPU.
