@@ -80,7 +80,7 @@ def _derivative_kernels(dtype: torch.dtype, device: torch.device) -> Tensor:
         v, u = (part.flatten() for part in torch.meshgrid(offsets, offsets, indexing="ij"))
         design = torch.stack([torch.ones_like(u), u, v, u * u / 2, u * v, v * v / 2], 1)  # (pixels, 6)
         kernels = torch.linalg.pinv(design)[1:].reshape(5, 1, len(offsets), len(offsets))
-        return kernels.to(device, dtype)
+        return kernels.to(dtype).to(device, non_blocking=True)  # nothing waits for a GPU
 
 
 def patch_geometry(depth: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
