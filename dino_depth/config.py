@@ -171,6 +171,11 @@ class LossConfig:
     mask_share: float = 0.5
     mask_ratio: tuple[float, float] = (0.1, 0.5)
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a loss that reads the moving average's targets, or that stands beside them, has a weight."""
+        return any((self.dino_weight, self.ibot_weight, self.koleo_weight, self.dense_weight))
+
 
 @dataclass
 class DistillConfig:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PARTS", "part_means", "patch_geometry", "relief_surface", "seen_geometry", "surface"]
+__all__ = ["NUMBERS", "PARTS", "part_means", "patch_geometry", "relief_surface", "seen_geometry", "surface"]
 
 # Nominal focal length in image sides (28 degrees), as maps carry no intrinsics: between a Kinect's 0.8 and the 5 or so
 # of industrial sensors close to a part.
@@ -20,6 +20,7 @@ WINDOW = 2  # radius of the window of a surface fit, pixels
 SHARPEST = 1 / (2 * WINDOW + 1)  # largest curvature such a window resolves, 1/pixel
 KNOWN_SHARE = 0.5  # share of a patch's pixels whose surface must be known for the patch to count
 PARTS = 2  # along a side of a patch, in ``part_means``
+NUMBERS = 6 * PARTS**2  # of a patch there
 SCALE = 10.0  # pixels: there a curvature of a radius of 10 pixels counts as much as a normal
 JUMP = 0.1  # of the depth: a larger change within a window is an edge, not a slope
 
@@ -61,7 +62,7 @@ def relief_surface(relief: Tensor, missing: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def part_means(normals: Tensor, curvature: Tensor, known: Tensor, patch_size: int) -> Tensor:
-    """What :func:`surface` found, of the ``PARTS`` x ``PARTS`` parts of each patch, (maps, rows, columns, 24).
+    """What :func:`surface` found, of the ``PARTS`` x ``PARTS`` parts of each patch, (maps, rows, columns, NUMBERS).
 
     Number by number, and of each number part by part (rows first): the mean normal, the mean curvature and the mean of
     its absolute value, both times ``SCALE``, over the pixels where they are known, and the share of those.

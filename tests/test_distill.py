@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_pretrain import assert_same, copy, final_state
+from test_pretrain import assert_same, copy, final_state, stopped_and_resumed
 
 from dino_depth.config import PretrainConfig
 from dino_depth.depth import DepthMap
-from dino_depth.errors import ConfigError, Interrupted
+from dino_depth.errors import ConfigError
 from dino_depth.frozen import load_frozen
-from dino_depth.pretrain import student_teacher
 from dino_depth.pretrain.batch import Batch, seen_patches
 from dino_depth.pretrain.distill import SecondTeacher
 from dino_depth.pretrain.loading import make_loader, next_batch
@@ -125,19 +124,7 @@ def test_resume_is_bit_for_bit_and_the_loss_falls(taught, tmp_path, monkeypatch)
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     patch = [line["loss/second_patch"] for line in lines]
     assert np.mean(patch[-4:]) < np.mean(patch[:4]) - 0.05
-    losses, calls = student_teacher.student_losses, []
-
-    def stop_in_the_fifth(*arguments):
-        calls.append(1)
-        if len(calls) == 5:
-            raise Interrupted("stopped")
-        return losses(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(student_teacher, "student_losses", stop_in_the_fifth)
-        with pytest.raises(Interrupted):
-            pretrain(taught)
-    pretrain(dataclasses.replace(taught, resume=True))
+    stopped_and_resumed(taught, monkeypatch)
     assert_same(final_state(taught.out), final_state(tmp_path / "whole"))
     assert "projector.patches.weight" in final_state(taught.out)["student"]
 

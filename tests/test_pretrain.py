@@ -54,6 +54,23 @@ def assert_same(first: dict, second: dict, path: str = ""):
             assert value == second[key], where
 
 
+def stopped_and_resumed(config: PretrainConfig, monkeypatch):
+    """A run that ends in its fifth step and goes on from there."""
+    losses, calls = student_teacher.student_losses, []
+
+    def stop_in_the_fifth(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise Interrupted("stopped")
+        return losses(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(student_teacher, "student_losses", stop_in_the_fifth)
+        with pytest.raises(Interrupted):
+            pretrain(config)
+    pretrain(dataclasses.replace(config, resume=True))
+
+
 @pytest.fixture
 def uninterrupted(tiny, tmp_path) -> dict:
     pretrain(copy(tiny, tmp_path / "whole"))

@@ -1,7 +1,6 @@
 """The loss by which patches tell the surface of their own input, against a transcription pixel by pixel in float64."""
 
 import copy as copies
-import dataclasses
 import itertools
 import json
 import math
@@ -9,21 +8,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_pretrain import assert_same, copy, final_state
+from test_distill import ALONE, first_batch
+from test_pretrain import assert_same, copy, final_state, stopped_and_resumed
 
-from dino_depth.cli import main
 from dino_depth.config import PretrainConfig
-from dino_depth.errors import ConfigError, Interrupted
-from dino_depth.pretrain import student_teacher
-from dino_depth.pretrain.batch import Batch, seen_patches
-from dino_depth.pretrain.loading import make_loader, next_batch
-from dino_depth.pretrain.maps import MapsInShards
+from dino_depth.errors import ConfigError
+from dino_depth.pretrain.batch import seen_patches
 from dino_depth.pretrain.student_teacher import Networks, student_losses, teacher_targets
 from dino_depth.pretrain.surface_loss import DEVIATIONS, MEANS, UNITS, surface_loss, surface_targets
 from dino_depth.pretrain.train import pretrain
-from dino_depth.shards import DepthShards
 
-ALONE = {"dino_weight": 0.0, "ibot_weight": 0.0, "koleo_weight": 0.0}
 SIDE = 42
 
 
@@ -31,11 +25,6 @@ SIDE = 42
 def telling(tiny) -> PretrainConfig:
     tiny.loss.surface_weight = 0.5
     return tiny
-
-
-def first_batch(config: PretrainConfig) -> Batch:
-    maps = MapsInShards(DepthShards.configured(config.data))
-    return next_batch(make_loader(maps, config, 0, torch.device("cpu")))
 
 
 def crops() -> torch.Tensor:
@@ -156,19 +145,7 @@ def test_a_run_learns_and_resumes_bit_for_bit(telling, tmp_path, monkeypatch, al
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     told = [line["loss/surface"] for line in lines]
     assert np.mean(told[-4:]) < np.mean(told[:4]) - 0.05
-    losses, calls = student_teacher.student_losses, []
-
-    def stop_in_the_fifth(*arguments):
-        calls.append(1)
-        if len(calls) == 5:
-            raise Interrupted("stopped")
-        return losses(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(student_teacher, "student_losses", stop_in_the_fifth)
-        with pytest.raises(Interrupted):
-            pretrain(telling)
-    pretrain(dataclasses.replace(telling, resume=True))
+    stopped_and_resumed(telling, monkeypatch)
     assert_same(final_state(telling.out), final_state(tmp_path / "whole"))
     parts = {key.split(".")[0] for key in final_state(telling.out)["student"]}
     assert parts == {"backbone", "surface_head"} | (set() if alone else {"dino_head", "ibot_head"})
@@ -180,4 +157,16 @@ def test_nothing_to_learn_is_still_refused(tiny):
         setattr(tiny.loss, name, weight)
     with pytest.raises(ConfigError, match="nothing to learn"):
         pretrain(tiny)
-    assert main(["pretrain", "--loss.surface_weigt", "1"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"loss": {"surface_weight": -1.0}}, "loss.surface_weight must be at least 0 and finite, got -1.0"),
+        ({"loss": {"dino_weight": math.nan}}, "loss.dino_weight must be at least 0 and finite, got nan"),
+        ({"model": {"patch_size": 7}}, "loss.surface_weight: model.patch_size must be a multiple of 2, got 7"),
+    ],
+)
+def test_what_it_cannot_work_with_is_refused(telling, groups, message):
+    with pytest.raises(ConfigError, match=message):
+        pretrain(copy(telling, telling.out, **groups))

@@ -12,7 +12,7 @@ from dino_depth.errors import ConfigError
 from dino_depth.frozen.interface import FrozenEncoder, Modality, fingerprint
 from dino_depth.frozen.specs import Spec, read_options
 from dino_depth.resample import fit_square
-from dino_depth.surface import PARTS, part_means, surface
+from dino_depth.surface import NUMBERS, PARTS, part_means, surface
 
 __all__ = ["load"]
 
@@ -39,7 +39,7 @@ def load(spec: Spec, modality: Modality, device: torch.device) -> FrozenEncoder:
         name=spec.text,
         modality=modality,
         patch_size=patch,
-        dim=6 * PARTS**2,
+        dim=NUMBERS,
         fingerprint=fingerprint({"family": "surface", **options}, {}),
         device=device,
         to_input=to_input,

@@ -36,8 +36,7 @@ def check_second_teacher(config: PretrainConfig):
     taught = bool(distill.teacher) and any((distill.class_weight, distill.patch_weight))
     if distill.teacher and not taught:
         raise ConfigError("distill.teacher needs distill.class_weight or distill.patch_weight above 0")
-    weights = (loss.dino_weight, loss.ibot_weight, loss.koleo_weight, loss.dense_weight, loss.surface_weight)
-    if not taught and not any(weights):
+    if not (taught or loss.needs_teacher or loss.surface_weight):
         raise ConfigError("nothing to learn: every weight of loss is 0, and there is no distill.teacher")
     if distill.teacher and config.data.on_device:
         raise ConfigError("distill.teacher sees depth, and data.on_device keeps the normalised input only: turn it off")

@@ -12,15 +12,11 @@ from dino_depth.pretrain.batch import Batch, seen_patches
 from dino_depth.pretrain.distill import Projector, SecondTeacher, cosine_distance
 from dino_depth.pretrain.heads import PrototypeHead
 from dino_depth.pretrain.losses import koleo, matmul_dtype, prototype_cross_entropy, sinkhorn
-from dino_depth.pretrain.surface_loss import NUMBERS, surface_loss, surface_targets
+from dino_depth.pretrain.surface_loss import surface_loss, surface_targets
+from dino_depth.surface import NUMBERS
 from dino_depth.vit import DepthTransformer
 
-__all__ = ["Networks", "Student", "Targets", "learns_alone", "student_losses", "teacher_targets", "update_teacher"]
-
-
-def learns_alone(loss: LossConfig) -> bool:
-    """Whether a loss that needs the teacher has a weight, and with it the two heads."""
-    return any((loss.dino_weight, loss.ibot_weight, loss.koleo_weight, loss.dense_weight))
+__all__ = ["Networks", "Student", "Targets", "student_losses", "teacher_targets", "update_teacher"]
 
 
 class Networks(nn.Module):
@@ -33,7 +29,7 @@ class Networks(nn.Module):
     def __init__(self, config: PretrainConfig, second_dim: int = 0):
         super().__init__()
         self.backbone = DepthTransformer(config.model, config.crops.global_size)
-        if learns_alone(config.loss):
+        if config.loss.needs_teacher:
             self.dino_head = PrototypeHead(config.model.dim, config.loss)
             self.ibot_head = PrototypeHead(config.model.dim, config.loss)
         if second_dim:
@@ -129,12 +125,11 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
         rows |= {"hidden": batch.needed[2 * maps : 2 * maps + hidden], "local": batch.needed[2 * maps + hidden :]}
     if batch.pairs is not None:
         rows["paired"] = batch.pairs[0]
+    patches = _patch_rows(batch.masks, 1 + config.model.registers)
     if batch.seen is not None:
-        crop, patch = batch.seen.nonzero(as_tuple=True)
-        prefix = 1 + config.model.registers
-        rows["seen"] = crop * (prefix + batch.seen.shape[1]) + prefix + patch
+        rows["seen"] = patches[batch.seen]
     if loss.surface_weight:
-        rows["patches"] = _patch_rows(batch.masks, 1 + config.model.registers)
+        rows["patches"] = patches.flatten()
     crops, masks = [batch.global_crops, batch.local_crops][sets], [batch.masks, None][sets]
     kept, scale = batch.branches(), 1 / (1 - config.model.drop_path)
     kept = kept and [part[sets] for part in kept]
@@ -154,10 +149,10 @@ def student_losses(student: Networks, batch: Batch, targets: Targets, config: Pr
 
 
 def _patch_rows(masks: Tensor, prefix: int) -> Tensor:
-    """(crops * patches,) rows of all patches among the tokens of the global crops, of their masks (crops, patches)."""
+    """(crops, patches) rows of all patches among the tokens of the global crops, of their masks of that shape."""
     crops, patches = masks.shape
     first = torch.arange(crops, device=masks.device)[:, None] * (prefix + patches) + prefix
-    return (first + torch.arange(patches, device=masks.device)).flatten()
+    return first + torch.arange(patches, device=masks.device)
 
 
 def _assigned_losses(

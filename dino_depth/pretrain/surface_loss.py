@@ -9,16 +9,28 @@ Crops are rotated, mirrored and enlarged with their surface.
 import torch
 from torch import Tensor
 
+from dino_depth.config import PretrainConfig
+from dino_depth.errors import ConfigError
 from dino_depth.surface import PARTS, part_means, relief_surface
 
-__all__ = ["NUMBERS", "surface_loss", "surface_targets"]
+__all__ = ["check_surface_loss", "surface_loss", "surface_targets"]
 
-NUMBERS = 6 * PARTS**2
 UNITS = 5.0  # of the input, that a crop's side counts as: a quarter of a metre under `plane`
 # Of the normal (right, down, towards), the curvature, its absolute value and the share of known pixels, on crops of
 # parts of `synth scenes`.
 MEANS = (0.0, 0.0, 0.65, 0.0, 0.35, 0.55)
 DEVIATIONS = (0.27, 0.27, 0.4, 0.3, 0.45, 0.4)
+
+
+def check_surface_loss(config: PretrainConfig):
+    """Refuses what the loss cannot work with.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    size = config.model.patch_size
+    if config.loss.surface_weight and size % PARTS:
+        raise ConfigError(f"loss.surface_weight: model.patch_size must be a multiple of {PARTS}, got {size}")
 
 
 @torch.no_grad()

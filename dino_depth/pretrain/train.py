@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from dino_depth.pretrain.run_folder import RunFolder
 from dino_depth.pretrain.state import TrainingState
 from dino_depth.pretrain.stop import Stop
 from dino_depth.pretrain.student_teacher import Networks, Student, teacher_targets, update_teacher
+from dino_depth.pretrain.surface_loss import check_surface_loss
 from dino_depth.progress import Progress, peak_memory
 from dino_depth.shards import DepthShards
 from dino_depth.terminal import TerminalWarnings
@@ -63,6 +65,9 @@ def check_settings(config: PretrainConfig, ranks: int, shards: DepthShards | Non
     if not (0 < loss.mask_ratio[0] <= loss.mask_ratio[1] <= 1) or not 0 <= loss.mask_share <= 1:
         found = f"{list(loss.mask_ratio)} and {loss.mask_share}"
         raise ConfigError(f"loss.mask_ratio needs 0 < low <= high <= 1 and loss.mask_share 0 to 1, got {found}")
+    for name in ("dino", "ibot", "koleo", "dense", "surface"):
+        if not 0 <= (weight := getattr(loss, f"{name}_weight")) < math.inf:
+            raise ConfigError(f"loss.{name}_weight must be at least 0 and finite, got {weight}")
     for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
         if not getattr(loss, name) > 0:
             raise ConfigError(f"loss.{name} must be above 0, got {getattr(loss, name)}")
@@ -70,6 +75,7 @@ def check_settings(config: PretrainConfig, ranks: int, shards: DepthShards | Non
         if not getattr(config.optim, name) > 0:
             raise ConfigError(f"optim.{name} must be above 0, got {getattr(config.optim, name)}")
     check_second_teacher(config)
+    check_surface_loss(config)
     check_crops(config.crops, config.model.patch_size)
     if shards:
         check_evaluation(config)
@@ -140,11 +146,11 @@ def _run(config: PretrainConfig, device: torch.device, stop: Stop, closing: cont
 
 
 def _say_how_it_begins(config: PretrainConfig, device: torch.device, first: int, run: RunFolder):
-    for name, steps in (
-        ("optim.warmup", config.optim.warmup),
-        ("loss.teacher_temperature_warmup", config.loss.teacher_temperature_warmup),
-        ("optim.freeze_last_layer", config.optim.freeze_last_layer),
-    ):
+    lengths = {"optim.warmup": config.optim.warmup}
+    if config.loss.needs_teacher:
+        lengths["loss.teacher_temperature_warmup"] = config.loss.teacher_temperature_warmup
+        lengths["optim.freeze_last_layer"] = config.optim.freeze_last_layer
+    for name, steps in lengths.items():
         if steps > config.train.steps // 2:
             run.log.warning(
                 "%s is %d of train.steps %d: it was meant for a longer run", name, steps, config.train.steps

@@ -18,7 +18,6 @@ from dino_depth.depth import Normalization
 from dino_depth.errors import ReportedError
 from dino_depth.licences import non_commercial
 from dino_depth.pretrain.run_folder import git_revision, library_versions
-from dino_depth.pretrain.student_teacher import learns_alone
 from dino_depth.publish.parity import worst
 from dino_depth.shards import DepthShards
 
@@ -315,7 +314,7 @@ def _training(subject: Subject) -> str:
     config = subject.config
     crops = config.crops
     sizes = "".join(f", in other steps {large} and {small}" for large, small in crops.sizes)
-    if learns_alone(config.loss):
+    if config.loss.needs_teacher:
         local = f"and {crops.local_crops} of {crops.local_size} pixels{sizes}"
     else:
         local = "pixels" + "".join(f", in other steps {large}" for large, _ in crops.sizes)
